@@ -1,0 +1,6 @@
+"""Fused Mixture-of-Experts routing for JAX."""
+
+from jax_router._native import DISABLE_JAX_EXPORT_CHECKS as DISABLE_JAX_EXPORT_CHECKS
+from jax_router._options import Groups as Groups
+from jax_router._options import Routing as Routing
+from jax_router._route import route as route

@@ -1,0 +1,127 @@
+// The CPU module: handlers that bind the kernels to XLA, and their table.
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+#include <utility>
+
+#include "ffi.h"
+#include "parallel.h"
+#include "route.h"
+
+namespace nb = nanobind;
+
+namespace jax_router {
+namespace {
+
+// ---- dispatch by instruction set ----
+
+bool has_avx2() {
+#ifdef JAX_ROUTER_HAS_AVX2
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi");
+#else
+  return false;
+#endif
+}
+
+RouteForwardKernel forward_kernel() {
+#ifdef JAX_ROUTER_HAS_AVX2
+  static const bool avx2 = has_avx2();
+  if (avx2) return avx2::route_forward_kernel();
+#endif
+  return baseline::route_forward_kernel();
+}
+
+RouteBackwardKernel backward_kernel() {
+#ifdef JAX_ROUTER_HAS_AVX2
+  static const bool avx2 = has_avx2();
+  if (avx2) return avx2::route_backward_kernel();
+#endif
+  return baseline::route_backward_kernel();
+}
+
+template <typename Call>
+ffi::Future run_rows(ffi::ThreadPool& pool, const RowKernel<Call>& kernel, const Call& call,
+                     const RouteOptions& options) {
+  return parallel_rows(pool, call.tokens, call.experts + 8 * options.k,
+                       [kernel, call, options](int64_t begin, int64_t end) {
+                         const Scratch scratch(kernel.scratch_bytes(call, options));
+                         kernel.run(call, options, begin, end, scratch.data());
+                       });
+}
+
+// ---- route ----
+
+ffi::Future route(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::RemainingArgs optional,
+                  ffi::Result<ffi::AnyBuffer> weights, ffi::Result<ffi::AnyBuffer> experts,
+                  ffi::Result<ffi::AnyBuffer> normalizer, int64_t k, int64_t score,
+                  bool renormalize, float scale, int64_t group_count, int64_t group_keep,
+                  int64_t group_score, bool has_bias, bool has_where, bool has_experts) {
+  const RouteOptions options =
+      OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
+  RouteForward call;
+  ffi::Error error = decode_route_forward(options, has_bias, has_where, has_experts, logits,
+                                          optional, *weights, *experts, *normalizer, &call);
+  if (error.failure()) return finished(std::move(error));
+  return run_rows(pool, forward_kernel(), call, options);
+}
+
+ffi::Future route_backward(ffi::ThreadPool pool, ffi::AnyBuffer cotangent, ffi::AnyBuffer weights,
+                           ffi::AnyBuffer experts, ffi::AnyBuffer normalizer,
+                           ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> gradient,
+                           int64_t k, int64_t score, bool renormalize, float scale,
+                           int64_t group_count, int64_t group_keep, int64_t group_score) {
+  const RouteOptions options =
+      OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
+  RouteBackward call;
+  ffi::Error error = decode_route_backward(options, cotangent, weights, experts, normalizer,
+                                           optional, *gradient, &call);
+  if (error.failure()) return finished(std::move(error));
+  return run_rows(pool, backward_kernel(), call, options);
+}
+
+XLA_FFI_DEFINE_HANDLER(kRoute, route,
+                       bind_options(ffi::Ffi::Bind()
+                                        .Ctx<ffi::ThreadPool>()
+                                        .Arg<ffi::AnyBuffer>()  // logits [*B, T, E]
+                                        .RemainingArgs()        // bias [*B, E], where [*B, T],
+                                                                // experts [*B, T, k]
+                                        .Ret<ffi::AnyBuffer>()  // weights [*B, T, k]
+                                        .Ret<ffi::AnyBuffer>()  // experts [*B, T, k]
+                                        .Ret<ffi::AnyBuffer>()  // normalizer [*B, T]
+                                    )
+                           .Attr<bool>("has_bias")
+                           .Attr<bool>("has_where")
+                           .Attr<bool>("has_experts"));
+
+XLA_FFI_DEFINE_HANDLER(kRouteBackward, route_backward,
+                       bind_options(ffi::Ffi::Bind()
+                                        .Ctx<ffi::ThreadPool>()
+                                        .Arg<ffi::AnyBuffer>()  // cotangent [*B, T, k]
+                                        .Arg<ffi::AnyBuffer>()  // weights [*B, T, k]
+                                        .Arg<ffi::AnyBuffer>()  // experts [*B, T, k]
+                                        .Arg<ffi::AnyBuffer>()  // normalizer [*B, T]
+                                        .RemainingArgs()        // logits [*B, T, E]
+                                        .Ret<ffi::AnyBuffer>()  // gradient [*B, T, E]
+                                    ));
+
+// ---- table ----
+
+nb::dict handlers() {
+  nb::dict table;
+  table["route"] = nb::capsule(reinterpret_cast<void*>(kRoute));
+  table["route_backward"] = nb::capsule(reinterpret_cast<void*>(kRouteBackward));
+  return table;
+}
+
+}  // namespace
+}  // namespace jax_router
+
+NB_MODULE(_cpu, m) {
+  m.doc() = "CPU handlers of jax_router.";
+  m.def("handlers", &jax_router::handlers, "FFI handlers by name.");
+  m.def(
+      "ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
+      "XLA FFI version (major, minor) that this module was compiled for.");
+}

@@ -1,0 +1,144 @@
+// The backward of `route` on the CPU, from dense indices.
+//
+// With p = weights / scale and h = scale * cotangent on the slots that carry a gradient:
+//
+//   softmax, renormalized   dx = p (h - sum h p)                        on the slots
+//   softmax over all        dx = y (h - sum h p)                        for every expert
+//   others, renormalized    dx = (h - sum h p) / normalizer * dy/dx     on the slots
+//   others                  dx = h * dy/dx                              on the slots
+//
+// Only the second reads the logits. An expert given twice gets the sum of its slots.
+
+#include <cstring>
+#include <type_traits>
+
+#include "route.h"
+#include "rows.h"
+
+namespace jax_router {
+namespace JAX_ROUTER_ISA {
+namespace {
+
+struct Slots {
+  float* sums;     // [experts], zero between rows
+  float* value;    // [k]
+  int32_t* expert; // [k], the experts of slots with a gradient, in slot order
+  float* p;        // [k]
+  int64_t count;
+};
+
+Slots take_slots(Arena& arena, int64_t experts, int64_t k) {
+  Slots slots;
+  slots.sums = arena.take<float>(experts);
+  slots.value = arena.take<float>(k);
+  slots.expert = arena.take<int32_t>(k);
+  slots.p = arena.take<float>(k);
+  slots.count = 0;
+  return slots;
+}
+
+// Collects the slots with a gradient: value = h, p = weight / scale. Returns sum h p.
+float gather_slots(const RouteBackward& call, const RouteOptions& options, int64_t token,
+                   Slots& slots) {
+  slots.count = 0;
+  if (!(call.normalizer[token] == call.normalizer[token])) return 0.0f;
+  const float* cotangent = call.cotangent + token * options.k;
+  const float* weights = call.weights + token * options.k;
+  const float inverse_scale = options.scale != 0.0f ? 1.0f / options.scale : 0.0f;
+  float mean = 0.0f;
+  with_index(call.index_bytes, [&](auto* type) {
+    using Index = typename std::remove_pointer<decltype(type)>::type;
+    const Index* indices = static_cast<const Index*>(call.indices) + token * options.k;
+    for (int64_t i = 0; i < options.k; ++i) {
+      const bool filled = float_bits(weights[i]) == INT32_MIN;  // -0
+      if (filled || static_cast<uint64_t>(indices[i]) >= static_cast<uint64_t>(call.experts)) {
+        continue;
+      }
+      const float h = cotangent[i] * options.scale;
+      const float p = weights[i] * inverse_scale;
+      slots.expert[slots.count] = static_cast<int32_t>(indices[i]);
+      slots.value[slots.count] = h;
+      slots.p[slots.count] = p;
+      mean += h * p;
+      ++slots.count;
+    }
+  });
+  return mean;
+}
+
+// Turns h into the gradient of each slot's logit, where the gradient is sparse.
+void slot_gradients(const RouteOptions& options, float normalizer, float mean, Slots& slots) {
+  for (int64_t i = 0; i < slots.count; ++i) {
+    const float p = slots.p[i];
+    float h = slots.value[i];
+    if (options.score == Score::kSoftmax) {
+      slots.value[i] = p * (h - mean);
+    } else {
+      if (options.renormalize) h = (h - mean) / normalizer;
+      slots.value[i] = h * score_gradient(p * normalizer, options.score);
+    }
+  }
+}
+
+template <typename T>
+void write_sparse(const Slots& slots, int64_t experts, T* gradient) {
+  std::memset(gradient, 0, static_cast<size_t>(experts) * sizeof(T));
+  for (int64_t i = 0; i < slots.count; ++i) slots.sums[slots.expert[i]] += slots.value[i];
+  for (int64_t i = 0; i < slots.count; ++i) {
+    store_value(gradient, slots.expert[i], slots.sums[slots.expert[i]]);
+  }
+}
+
+template <typename T>
+void write_dense(const Slots& slots, float mean, float logsumexp, int64_t experts,
+                 const T* __restrict logits, T* __restrict gradient) {
+  for (int64_t i = 0; i < slots.count; ++i) slots.sums[slots.expert[i]] += slots.value[i];
+  const float* __restrict sums = slots.sums;
+  for (int64_t e = 0; e < experts; ++e) {
+    const float x = float_from_key(key_from_bits(load_bits(logits, e)));
+    const float bounded = x < kLargest ? x : kLargest;
+    const float shifted = bounded - logsumexp;
+    const float y = exp_nonpositive(shifted < 0.0f ? shifted : 0.0f);
+    store_value(gradient, e, y * (sums[e] - mean));
+  }
+}
+
+template <typename T>
+void backward_row(const RouteBackward& call, const RouteOptions& options, int64_t token,
+                  Slots& slots) {
+  T* gradient = static_cast<T*>(call.gradient) + token * call.experts;
+  const float normalizer = call.normalizer[token];
+  const float mean = gather_slots(call, options, token, slots);
+  if (options.dense_gradient() && normalizer == normalizer) {
+    const T* logits = static_cast<const T*>(call.logits) + token * call.experts;
+    write_dense(slots, mean, normalizer, call.experts, logits, gradient);
+  } else {
+    slot_gradients(options, normalizer, mean, slots);
+    write_sparse(slots, call.experts, gradient);
+  }
+  for (int64_t i = 0; i < slots.count; ++i) slots.sums[slots.expert[i]] = 0.0f;
+}
+
+void backward(const RouteBackward& call, const RouteOptions& options, int64_t begin, int64_t end,
+              void* scratch) {
+  Arena arena(scratch);
+  Slots slots = take_slots(arena, call.experts, options.k);
+  std::memset(slots.sums, 0, static_cast<size_t>(call.experts) * sizeof(float));
+  with_type(call.logits_type, [&](auto* type) {
+    using T = typename std::remove_pointer<decltype(type)>::type;
+    for (int64_t token = begin; token < end; ++token) backward_row<T>(call, options, token, slots);
+  });
+}
+
+size_t backward_scratch(const RouteBackward& call, const RouteOptions& options) {
+  Arena arena(nullptr);
+  take_slots(arena, call.experts, options.k);
+  return arena.used();
+}
+
+}  // namespace
+
+RouteBackwardKernel route_backward_kernel() { return {backward_scratch, backward}; }
+
+}  // namespace JAX_ROUTER_ISA
+}  // namespace jax_router

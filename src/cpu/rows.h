@@ -1,0 +1,147 @@
+// Rows of logits on the CPU: scratch, loads and stores by type, scores.
+//
+// Included by kernels that are compiled once per instruction set, with JAX_ROUTER_ISA naming their
+// namespace. Such a file must not instantiate templates of the standard library over common types: the
+// linker keeps one copy of such a function and could pick one that an older processor cannot run.
+
+#ifndef JAX_ROUTER_CPU_ROWS_H_
+#define JAX_ROUTER_CPU_ROWS_H_
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "scalar.h"
+
+namespace jax_router {
+namespace JAX_ROUTER_ISA {
+namespace {
+
+constexpr int64_t kRowMultiple = 128;  // rows in scratch are padded to this
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// Hands out aligned pieces of a buffer; with a null buffer it only measures.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    char* piece = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
+    return reinterpret_cast<T*>(piece);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+// ---- loads and stores ----
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline int32_t load_bits(const float* row, int64_t i) { return float_bits(row[i]); }
+inline int32_t load_bits(const Bfloat16* row, int64_t i) { return bits_from_bfloat16(row[i].bits); }
+inline int32_t load_bits(const Float16* row, int64_t i) { return bits_from_float16(row[i].bits); }
+
+inline void store_value(float* row, int64_t i, float x) { row[i] = x; }
+inline void store_value(Bfloat16* row, int64_t i, float x) { row[i].bits = bfloat16_from_float(x); }
+inline void store_value(Float16* row, int64_t i, float x) { row[i].bits = float16_from_float(x); }
+
+// Calls `body` with a null pointer of the logits' type.
+template <typename Body>
+inline void with_type(LogitsType type, Body body) {
+  switch (type) {
+    case LogitsType::kFloat32:
+      return body(static_cast<float*>(nullptr));
+    case LogitsType::kBfloat16:
+      return body(static_cast<Bfloat16*>(nullptr));
+    case LogitsType::kFloat16:
+      return body(static_cast<Float16*>(nullptr));
+  }
+}
+
+// Calls `body` with a null pointer of the unsigned type of an index's size. Indices are never negative.
+template <typename Body>
+inline void with_index(int index_bytes, Body body) {
+  switch (index_bytes) {
+    case 1:
+      return body(static_cast<uint8_t*>(nullptr));
+    case 2:
+      return body(static_cast<uint16_t*>(nullptr));
+    case 4:
+      return body(static_cast<uint32_t*>(nullptr));
+    default:
+      return body(static_cast<uint64_t*>(nullptr));
+  }
+}
+
+// ---- scores ----
+
+struct Softmax {
+  float largest;
+  float total;
+  float logsumexp() const { return largest + std::log(total); }
+};
+
+// Softmax terms of a padded row. The order of additions is part of the definition, since keys can
+// depend on it: 32 partial sums, element i to sum i mod 32, then pairwise at distance 16, 8, 4, 2, 1.
+inline Softmax softmax_terms(const float* __restrict x, int64_t padded, float* __restrict terms) {
+  float largest = -kLargest;
+  for (int64_t i = 0; i < padded; ++i) largest = x[i] > largest ? x[i] : largest;
+  largest = largest < kLargest ? largest : kLargest;
+  alignas(32) float sums[32] = {};
+  for (int64_t i = 0; i < padded; i += 32) {
+    for (int j = 0; j < 32; ++j) {
+      const float bounded = x[i + j] < kLargest ? x[i + j] : kLargest;
+      const float term = exp_nonpositive(bounded - largest);
+      terms[i + j] = term;
+      sums[j] += term;
+    }
+  }
+  for (int distance = 16; distance > 0; distance /= 2) {
+    for (int j = 0; j < distance; ++j) sums[j] += sums[j + distance];
+  }
+  return {largest, sums[0] > 0.0f ? sums[0] : 1.0f};
+}
+
+template <Score kScore>
+inline void elementwise_scores(const float* __restrict x, int64_t padded, float* __restrict y) {
+  for (int64_t i = 0; i < padded; ++i) y[i] = elementwise_score(x[i], kScore);
+}
+
+// Scores of a padded row; returns its logsumexp for softmax, else 0.
+inline float score_row(const float* x, int64_t padded, Score score, float* y) {
+  switch (score) {
+    case Score::kSoftmax: {
+      const Softmax softmax = softmax_terms(x, padded, y);
+      for (int64_t i = 0; i < padded; ++i) y[i] /= softmax.total;
+      return softmax.logsumexp();
+    }
+    case Score::kSigmoid:
+      elementwise_scores<Score::kSigmoid>(x, padded, y);
+      return 0.0f;
+    case Score::kSqrtSoftplus:
+      elementwise_scores<Score::kSqrtSoftplus>(x, padded, y);
+      return 0.0f;
+    case Score::kNone:
+      elementwise_scores<Score::kNone>(x, padded, y);
+      return 0.0f;
+  }
+  return 0.0f;
+}
+
+}  // namespace
+}  // namespace JAX_ROUTER_ISA
+}  // namespace jax_router
+
+#endif  // JAX_ROUTER_CPU_ROWS_H_

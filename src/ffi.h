@@ -1,0 +1,214 @@
+// What every handler shares: aliases, error text, decoding of options and types, checks of operands.
+
+#ifndef JAX_ROUTER_FFI_H_
+#define JAX_ROUTER_FFI_H_
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <utility>
+
+#include "options.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_router {
+
+namespace ffi = xla::ffi;
+
+inline ffi::Error invalid(std::string message) {
+  return ffi::Error::InvalidArgument("jax_router: " + std::move(message));
+}
+
+// Evaluates an expression of type ffi::Error and returns it from the caller if it failed.
+#define JAX_ROUTER_RETURN_IF_ERROR(expression)              \
+  do {                                                      \
+    ::jax_router::ffi::Error error = (expression);          \
+    if (error.failure()) return error;                      \
+  } while (false)
+
+// Every option of `route` as it arrives: FFI attributes are 64-bit integers, bool or float.
+struct OptionAttributes {
+  int64_t k;
+  int64_t score;
+  bool renormalize;
+  float scale;
+  int64_t group_count;
+  int64_t group_keep;
+  int64_t group_score;
+
+  RouteOptions decode() const {
+    return {k,           static_cast<Score>(score), renormalize, scale, group_count, group_keep,
+            static_cast<GroupScore>(group_score)};
+  }
+};
+
+// Adds the attributes of `route` to a binding, in the order of OptionAttributes.
+template <typename Binding>
+auto bind_options(Binding binding) {
+  return std::move(binding)
+      .template Attr<int64_t>("k")
+      .template Attr<int64_t>("score")
+      .template Attr<bool>("renormalize")
+      .template Attr<float>("scale")
+      .template Attr<int64_t>("group_count")
+      .template Attr<int64_t>("group_keep")
+      .template Attr<int64_t>("group_score");
+}
+
+inline ffi::Error check_options(const RouteOptions& options, int64_t experts) {
+  if (options.k < 1 || options.k > experts) {
+    return invalid("k must be between 1 and the number of experts = " + std::to_string(experts) +
+                   ", got " + std::to_string(options.k));
+  }
+  const int64_t count = options.group_count;
+  if (count > 0 && (experts % count != 0 || options.group_keep < 1 || options.group_keep > count)) {
+    return invalid("groups do not fit " + std::to_string(experts) + " experts");
+  }
+  return ffi::Error::Success();
+}
+
+inline ffi::Error check_elements(const char* name, const ffi::AnyBuffer& buffer, int64_t expected) {
+  const int64_t elements = static_cast<int64_t>(buffer.element_count());
+  if (elements == expected) return ffi::Error::Success();
+  return invalid(std::string(name) + " must have " + std::to_string(expected) + " elements, got " +
+                 std::to_string(elements));
+}
+
+inline ffi::Error check_type(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType type) {
+  if (buffer.element_type() == type) return ffi::Error::Success();
+  return invalid(std::string(name) + " has an element type that its kernel does not take");
+}
+
+inline ffi::Error decode_logits_type(const ffi::AnyBuffer& buffer, LogitsType* type) {
+  switch (buffer.element_type()) {
+    case ffi::DataType::F32:
+      *type = LogitsType::kFloat32;
+      return ffi::Error::Success();
+    case ffi::DataType::BF16:
+      *type = LogitsType::kBfloat16;
+      return ffi::Error::Success();
+    case ffi::DataType::F16:
+      *type = LogitsType::kFloat16;
+      return ffi::Error::Success();
+    default:
+      return invalid("logits must be float32, bfloat16 or float16");
+  }
+}
+
+// Bytes of an index. Indices are never negative, so the sign of the type does not matter.
+inline ffi::Error decode_index_bytes(const ffi::AnyBuffer& buffer, int* bytes) {
+  switch (buffer.element_type()) {
+    case ffi::DataType::S8:
+    case ffi::DataType::U8:
+      *bytes = 1;
+      return ffi::Error::Success();
+    case ffi::DataType::S16:
+    case ffi::DataType::U16:
+      *bytes = 2;
+      return ffi::Error::Success();
+    case ffi::DataType::S32:
+    case ffi::DataType::U32:
+      *bytes = 4;
+      return ffi::Error::Success();
+    case ffi::DataType::S64:
+    case ffi::DataType::U64:
+      *bytes = 8;
+      return ffi::Error::Success();
+    default:
+      return invalid("experts must have an integer type");
+  }
+}
+
+// Size of the last dimension; the caller has checked that there is one.
+inline int64_t last_dimension(const ffi::AnyBuffer& buffer) { return buffer.dimensions().back(); }
+
+// Fills a forward call from its operands and results, checking every size and type.
+inline ffi::Error decode_route_forward(const RouteOptions& options, bool has_bias, bool has_where,
+                                       bool has_experts, const ffi::AnyBuffer& logits,
+                                       const ffi::RemainingArgs& optional,
+                                       const ffi::AnyBuffer& weights, const ffi::AnyBuffer& experts,
+                                       const ffi::AnyBuffer& normalizer, RouteForward* call) {
+  *call = RouteForward{};
+  if (logits.dimensions().size() < 2) return invalid("logits must have shape [..., T, E]");
+  call->experts = last_dimension(logits);
+  JAX_ROUTER_RETURN_IF_ERROR(check_options(options, call->experts));
+  call->tokens = static_cast<int64_t>(logits.element_count()) / call->experts;
+  call->logits = logits.untyped_data();
+  JAX_ROUTER_RETURN_IF_ERROR(decode_logits_type(logits, &call->logits_type));
+  if (optional.size() != static_cast<size_t>(has_bias + has_where + has_experts)) {
+    return invalid("wrong number of operands");
+  }
+  size_t next = 0;
+  if (has_bias) {
+    const auto bias = optional.get<ffi::AnyBuffer>(next++).value();
+    const int64_t tokens = logits.dimensions()[logits.dimensions().size() - 2];
+    const int64_t rows = tokens > 0 ? call->tokens / tokens : 0;
+    if (tokens > 0) {
+      JAX_ROUTER_RETURN_IF_ERROR(check_elements("bias", bias, rows * call->experts));
+    }
+    JAX_ROUTER_RETURN_IF_ERROR(check_type("bias", bias, ffi::DataType::F32));
+    call->bias = static_cast<const float*>(bias.untyped_data());
+    call->tokens_per_bias = tokens;
+  }
+  if (has_where) {
+    const auto where = optional.get<ffi::AnyBuffer>(next++).value();
+    JAX_ROUTER_RETURN_IF_ERROR(check_elements("where", where, call->tokens));
+    JAX_ROUTER_RETURN_IF_ERROR(check_type("where", where, ffi::DataType::PRED));
+    call->where = static_cast<const bool*>(where.untyped_data());
+  }
+  if (has_experts) {
+    const auto given = optional.get<ffi::AnyBuffer>(next++).value();
+    JAX_ROUTER_RETURN_IF_ERROR(check_elements("experts", given, call->tokens * options.k));
+    JAX_ROUTER_RETURN_IF_ERROR(check_type("experts", given, ffi::DataType::S32));
+    call->given = static_cast<const int32_t*>(given.untyped_data());
+  }
+  JAX_ROUTER_RETURN_IF_ERROR(check_elements("weights", weights, call->tokens * options.k));
+  JAX_ROUTER_RETURN_IF_ERROR(check_type("weights", weights, ffi::DataType::F32));
+  JAX_ROUTER_RETURN_IF_ERROR(check_elements("experts", experts, call->tokens * options.k));
+  JAX_ROUTER_RETURN_IF_ERROR(check_elements("normalizer", normalizer, call->tokens));
+  JAX_ROUTER_RETURN_IF_ERROR(check_type("normalizer", normalizer, ffi::DataType::F32));
+  call->weights = static_cast<float*>(weights.untyped_data());
+  call->indices = experts.untyped_data();
+  call->normalizer = static_cast<float*>(normalizer.untyped_data());
+  return decode_index_bytes(experts, &call->index_bytes);
+}
+
+// The same for the backward.
+inline ffi::Error decode_route_backward(
+    const RouteOptions& options, const ffi::AnyBuffer& cotangent, const ffi::AnyBuffer& weights,
+    const ffi::AnyBuffer& experts, const ffi::AnyBuffer& normalizer,
+    const ffi::RemainingArgs& optional, const ffi::AnyBuffer& gradient, RouteBackward* call) {
+  *call = RouteBackward{};
+  if (gradient.dimensions().size() < 2) return invalid("gradient must have shape [..., T, E]");
+  call->experts = last_dimension(gradient);
+  JAX_ROUTER_RETURN_IF_ERROR(check_options(options, call->experts));
+  call->tokens = static_cast<int64_t>(gradient.element_count()) / call->experts;
+  const int64_t slots = call->tokens * options.k;
+  JAX_ROUTER_RETURN_IF_ERROR(check_elements("cotangent", cotangent, slots));
+  JAX_ROUTER_RETURN_IF_ERROR(check_type("cotangent", cotangent, ffi::DataType::F32));
+  JAX_ROUTER_RETURN_IF_ERROR(check_elements("weights", weights, slots));
+  JAX_ROUTER_RETURN_IF_ERROR(check_type("weights", weights, ffi::DataType::F32));
+  JAX_ROUTER_RETURN_IF_ERROR(check_elements("experts", experts, slots));
+  JAX_ROUTER_RETURN_IF_ERROR(check_elements("normalizer", normalizer, call->tokens));
+  JAX_ROUTER_RETURN_IF_ERROR(check_type("normalizer", normalizer, ffi::DataType::F32));
+  if (optional.size() != static_cast<size_t>(options.dense_gradient())) {
+    return invalid("logits are needed where the gradient is dense, and only there");
+  }
+  if (options.dense_gradient()) {
+    const auto logits = optional.get<ffi::AnyBuffer>(0).value();
+    JAX_ROUTER_RETURN_IF_ERROR(check_elements("logits", logits, call->tokens * call->experts));
+    JAX_ROUTER_RETURN_IF_ERROR(check_type("logits", logits, gradient.element_type()));
+    call->logits = logits.untyped_data();
+  }
+  call->cotangent = static_cast<const float*>(cotangent.untyped_data());
+  call->weights = static_cast<const float*>(weights.untyped_data());
+  call->indices = experts.untyped_data();
+  call->normalizer = static_cast<const float*>(normalizer.untyped_data());
+  call->gradient = gradient.untyped_data();
+  JAX_ROUTER_RETURN_IF_ERROR(decode_logits_type(gradient, &call->logits_type));
+  return decode_index_bytes(experts, &call->index_bytes);
+}
+
+}  // namespace jax_router
+
+#endif  // JAX_ROUTER_FFI_H_
