@@ -131,20 +131,20 @@ def weigh(
 ) -> Weighing:
   """Scaled weights of `experts` at active slots, 0 elsewhere. Differentiable in `logits`.
 
-  The normalizer is the logsumexp (softmax) or the divisor of the weights (other scores).
+  The normalizer is what the backward needs: the logsumexp of the row for a softmax over all experts,
+  the divisor of the weights for another score that is renormalized, else 1.
   """
   x = _float32(logits)
   safe = jnp.where(active, experts, 0).astype(jnp.int32)
   chosen = jnp.take_along_axis(x, safe, axis=-1)
-  if options.score == "softmax":
-    if options.renormalize:
-      w, normalizer = _exp_normalize(jnp.where(active, chosen, -_INFINITY))
-    else:
-      probabilities, normalizer = _exp_normalize(x)
-      w = jnp.take_along_axis(probabilities, safe, axis=-1)
+  normalizer = jnp.ones(x.shape[:-1], jnp.float32)
+  if options.score == "softmax" and options.renormalize:
+    w = _exp_normalize(jnp.where(active, chosen, -_INFINITY))[0]
+  elif options.score == "softmax":
+    probabilities, normalizer = _exp_normalize(x)
+    w = jnp.take_along_axis(probabilities, safe, axis=-1)
   else:
     w = jnp.where(active, _elementwise_score(chosen, options.score), np.float32(0))
-    normalizer = jnp.ones(w.shape[:-1], jnp.float32)
     if options.renormalize:
       normalizer = jnp.sum(w, axis=-1) + EPSILON
       w = w / normalizer[..., None]

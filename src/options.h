@@ -5,6 +5,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define JAX_ROUTER_HOST_DEVICE __host__ __device__
+#else
+#define JAX_ROUTER_HOST_DEVICE
+#endif
+
 namespace jax_router {
 
 // The order of each enumeration is the order of the names in jax_router/_options.py.
@@ -22,10 +28,10 @@ struct RouteOptions {
   GroupScore group_score;
 
   // The gradient of a softmax over all experts reaches every one of them.
-  bool dense_gradient() const { return score == Score::kSoftmax && !renormalize; }
+  JAX_ROUTER_HOST_DEVICE bool dense_gradient() const { return score == Score::kSoftmax && !renormalize; }
 
   // How many keys the score of a group adds up.
-  int64_t group_terms() const {
+  JAX_ROUTER_HOST_DEVICE int64_t group_terms() const {
     if (group_score == GroupScore::kMax) return 1;
     return group_score == GroupScore::kTop2 ? 2 : k / group_keep;
   }

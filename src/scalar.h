@@ -14,7 +14,7 @@
 #include "options.h"
 
 #ifdef __CUDACC__
-#define JAX_ROUTER_FN __host__ __device__ __forceinline__
+#define JAX_ROUTER_FN JAX_ROUTER_HOST_DEVICE __forceinline__
 #else
 #define JAX_ROUTER_FN static inline __attribute__((always_inline))
 #endif

@@ -25,7 +25,7 @@ struct Row {
   float* slot;           // logits of the chosen, then their weights
   int32_t* slot_expert;  // E where the slot is invalid
   bool* slot_active;     // whether the slot's key lies above -inf
-  SelectScratch select;
+  Selection selection;
 };
 
 Row take_row(Arena& arena, int64_t experts, const RouteOptions& options) {
@@ -40,10 +40,11 @@ Row take_row(Arena& arena, int64_t experts, const RouteOptions& options) {
   row.slot = arena.take<float>(row.padded_k);
   row.slot_expert = arena.take<int32_t>(row.padded_k);
   row.slot_active = arena.take<bool>(row.padded_k);
-  row.select.keys = arena.take<int32_t>(row.padded);
-  row.select.ids = arena.take<int32_t>(row.padded);
-  row.select.pairs = arena.take<int64_t>(row.padded);
-  row.select.ordered = arena.take<int64_t>(row.padded);
+  row.selection.keys = arena.take<int32_t>(row.padded);
+  row.selection.ids = arena.take<int32_t>(row.padded);
+  row.selection.survivor_keys = arena.take<int32_t>(row.padded);
+  row.selection.survivor_ids = arena.take<int32_t>(row.padded);
+  row.selection.pairs = arena.take<int64_t>(row.padded);
   return row;
 }
 
@@ -110,7 +111,7 @@ bool limit_to_groups(Row& row, const int32_t* group_keys, int64_t experts,
                      const RouteOptions& options) {
   const int64_t count = options.group_count;
   const int64_t size = experts / count;
-  int64_t* pairs = row.select.pairs;
+  int64_t* pairs = row.selection.pairs;
   for (int64_t g = 0; g < count; ++g) {
     row.group_scores[g] =
         sum_of_largest(group_keys + g * size, size, options.group_terms(), pairs);
@@ -151,8 +152,8 @@ bool finish_keys(const RouteForward& call, const RouteOptions& options, const fl
         options.score == Score::kNone ||
         (options.score == Score::kSoftmax && options.renormalize) || options.group_terms() == 1;
     if (options.group_count > 0 && !logits_are_keys) {
-      score_keys(row, row.scores, nullptr, call.experts, row.select.keys);
-      group_keys = row.select.keys;
+      score_keys(row, row.scores, nullptr, call.experts, row.selection.keys);
+      group_keys = row.selection.keys;
     }
     for (int64_t e = 0; e < call.experts; ++e) {
       row.keys[e] = row.keys[e] < kLowestKey ? kLowestKey : row.keys[e];
@@ -173,15 +174,14 @@ Outcome choose(const RouteForward& call, const RouteOptions& options, int64_t to
   } else if (options.group_count > 0) {
     enough = finish_keys(call, options, nullptr, row);
   }
-  select(row.keys, call.experts, options.k, row.select);
-  const int64_t* ordered = row.select.ordered;
-  if (!enough || packed_key(ordered[0]) <= kLowestKey) {
+  select(row.keys, call.experts, options.k, row.selection);
+  if (!enough || row.selection.keys[0] <= kLowestKey) {
     for (int64_t i = 0; i < options.k; ++i) row.slot_expert[i] = static_cast<int32_t>(i);
     return Outcome::kUniform;
   }
   for (int64_t i = 0; i < options.k; ++i) {
-    row.slot_expert[i] = packed_id(ordered[i]);
-    row.slot_active[i] = packed_key(ordered[i]) > kLowestKey;
+    row.slot_expert[i] = row.selection.ids[i];
+    row.slot_active[i] = row.selection.keys[i] > kLowestKey;
   }
   return Outcome::kChosen;
 }
@@ -205,8 +205,8 @@ Outcome take_given(const RouteForward& call, const RouteOptions& options, const 
 
 // ---- weights ----
 
-// Softmax over the active slots, in place; returns its logsumexp.
-float softmax_slots(Row& row, int64_t k) {
+// Softmax over the active slots, in place.
+void softmax_slots(Row& row, int64_t k) {
   float largest = -kLargest;
   for (int64_t i = 0; i < k; ++i) largest = row.slot[i] > largest ? row.slot[i] : largest;
   alignas(32) float sums[8] = {};
@@ -219,8 +219,7 @@ float softmax_slots(Row& row, int64_t k) {
   float total = ((sums[0] + sums[1]) + (sums[2] + sums[3])) +
                 ((sums[4] + sums[5]) + (sums[6] + sums[7]));
   total = total > 0.0f ? total : 1.0f;
-  for (int64_t i = 0; i < k; ++i) row.slot[i] /= total;
-  return largest + std::log(total);
+  for (int64_t i = 0; i < row.padded_k; ++i) row.slot[i] /= total;
 }
 
 // Weighs the slots of a row, before the scale. Returns the normalizer.
@@ -239,7 +238,10 @@ float weigh(const RouteOptions& options, const T* logits, Row& row) {
     row.slot[i] = row.slot_active[i] ? bounded : -kInfinity;
   }
   for (int64_t i = k; i < row.padded_k; ++i) row.slot[i] = -kInfinity;
-  if (options.score == Score::kSoftmax) return softmax_slots(row, k);
+  if (options.score == Score::kSoftmax) {
+    softmax_slots(row, k);
+    return 1.0f;
+  }
   float total = kEpsilon;
   for (int64_t i = 0; i < k; ++i) {
     row.slot[i] = row.slot_active[i] ? elementwise_score(row.slot[i], options.score) : 0.0f;

@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -20,18 +19,24 @@ namespace jax_router {
 namespace JAX_ROUTER_ISA {
 namespace {
 
+#ifdef __clang__
+#define JAX_ROUTER_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define JAX_ROUTER_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 using Int32x8 = int32_t __attribute__((vector_size(32), may_alias));
-using Int64x4 = int64_t __attribute__((vector_size(32), may_alias));
 
 constexpr int64_t kMostClasses = 128;
 constexpr int64_t kRankedDirectly = 32;  // so few keys are ranked as they are
 constexpr int64_t kMostRanked = 128;     // more are sorted
 
-struct SelectScratch {
-  int32_t* keys;     // survivors, padded row
-  int32_t* ids;      // their indices, padded row
-  int64_t* pairs;    // key and index in one ordered integer, padded row
-  int64_t* ordered;  // the same, best first; the result
+struct Selection {
+  int32_t* keys;  // the chosen, best first, then what was not chosen; a padded row
+  int32_t* ids;   // their indices
+  int32_t* survivor_keys;  // scratch, padded rows
+  int32_t* survivor_ids;
+  int64_t* pairs;  // key and index in one ordered integer
 };
 
 inline int64_t pack(int32_t key, int32_t id) {
@@ -60,29 +65,37 @@ inline uint32_t reach_mask(const int32_t* keys, int32_t limit) {
 }
 
 // A lower bound of the k-th largest of `padded` keys: the k-th largest of the maxima of kClasses
-// strided classes, k <= kClasses.
+// strided classes, k <= kClasses. The inner loops are unrolled so that the vectors stay in registers.
 template <int kClasses>
 inline int32_t bound_of(const int32_t* keys, int64_t padded, int64_t k) {
   constexpr int kVectors = kClasses / 8;
-  Int32x8 best[kVectors];
   const Int32x8* in = reinterpret_cast<const Int32x8*>(keys);
+  Int32x8 best[kVectors];
+  JAX_ROUTER_UNROLL
   for (int j = 0; j < kVectors; ++j) best[j] = in[j];
   for (int64_t i = kVectors; i < padded / 8; i += kVectors) {
+    JAX_ROUTER_UNROLL
     for (int j = 0; j < kVectors; ++j) best[j] = best[j] > in[i + j] ? best[j] : in[i + j];
   }
   alignas(32) int32_t maxima[kClasses];
+  JAX_ROUTER_UNROLL
   for (int j = 0; j < kVectors; ++j) reinterpret_cast<Int32x8*>(maxima)[j] = best[j];
   Int32x8 beaten[kVectors] = {};
   for (int c = 0; c < kClasses; ++c) {
-    for (int j = 0; j < kVectors; ++j) beaten[j] -= best[j] < maxima[c];
+    const Int32x8 other = Int32x8{} + maxima[c];
+    JAX_ROUTER_UNROLL
+    for (int j = 0; j < kVectors; ++j) beaten[j] -= best[j] < other;
   }
-  int32_t bound = INT32_MAX;
+  // The smallest of the maxima that fewer than k others beat.
+  const Int32x8 needed = Int32x8{} + static_cast<int32_t>(k);
+  Int32x8 smallest = Int32x8{} + INT32_MAX;
+  JAX_ROUTER_UNROLL
   for (int j = 0; j < kVectors; ++j) {
-    for (int lane = 0; lane < 8; ++lane) {
-      const bool among = beaten[j][lane] < k && best[j][lane] < bound;
-      bound = among ? best[j][lane] : bound;
-    }
+    const Int32x8 among = beaten[j] < needed ? best[j] : smallest;
+    smallest = among < smallest ? among : smallest;
   }
+  int32_t bound = smallest[0];
+  for (int lane = 1; lane < 8; ++lane) bound = smallest[lane] < bound ? smallest[lane] : bound;
   return bound;
 }
 
@@ -97,7 +110,7 @@ inline int32_t bound_of(const int32_t* keys, int64_t padded, int64_t k) {
 // Keeps the keys that reach the bound; of those equal to it only the first k, since ties go to the
 // lowest index. In place if `ids` is given (survivors of an earlier pass), else from a row.
 inline int64_t compact(const int32_t* keys, const int32_t* ids, int64_t padded, int32_t bound,
-                       int64_t k, SelectScratch& scratch) {
+                       int64_t k, Selection& selection) {
   int64_t kept = 0;
   int64_t ties = 0;
   int32_t limit = bound;
@@ -105,8 +118,8 @@ inline int64_t compact(const int32_t* keys, const int32_t* ids, int64_t padded, 
     for (uint32_t mask = reach_mask(keys + i, limit); mask != 0; mask &= mask - 1) {
       const int64_t at = i + __builtin_ctz(mask);
       const int32_t key = keys[at];
-      scratch.ids[kept] = ids == nullptr ? static_cast<int32_t>(at) : ids[at];
-      scratch.keys[kept] = key;
+      selection.survivor_ids[kept] = ids == nullptr ? static_cast<int32_t>(at) : ids[at];
+      selection.survivor_keys[kept] = key;
       kept += key >= limit;
       ties += key == bound;
       limit = ties >= k ? bound + 1 : limit;
@@ -119,46 +132,68 @@ struct Descending {
   bool operator()(int64_t a, int64_t b) const { return a > b; }
 };
 
-// Orders the pairs by counting, for each, how many beat it.
-inline void rank(int64_t count, SelectScratch& scratch) {
-  const int64_t padded = round_up(count, 4);
-  for (int64_t i = count; i < padded; ++i) scratch.pairs[i] = INT64_MIN;
-  for (int64_t i = 0; i < padded; i += 4) {
-    const Int64x4 mine = *reinterpret_cast<const Int64x4*>(scratch.pairs + i);
-    Int64x4 beaten = {};
-    for (int64_t j = 0; j < count; ++j) beaten -= mine < scratch.pairs[j];
-    const int64_t lanes = count - i < 4 ? count - i : 4;
-    for (int64_t lane = 0; lane < lanes; ++lane) scratch.ordered[beaten[lane]] = mine[lane];
+// Orders few keys by counting, for each, how many beat it. Indices ascend, so of equal keys the earlier
+// beats the later: key_j > key_i - 1 for j < i, key_j > key_i for j > i.
+inline void rank(const int32_t* keys, const int32_t* ids, int64_t count, Selection& selection) {
+  static constexpr Int32x8 kLater[8] = {{0, 1, 1, 1, 1, 1, 1, 1}, {0, 0, 1, 1, 1, 1, 1, 1},
+                                        {0, 0, 0, 1, 1, 1, 1, 1}, {0, 0, 0, 0, 1, 1, 1, 1},
+                                        {0, 0, 0, 0, 0, 1, 1, 1}, {0, 0, 0, 0, 0, 0, 1, 1},
+                                        {0, 0, 0, 0, 0, 0, 0, 1}, {0, 0, 0, 0, 0, 0, 0, 0}};
+  for (int64_t i = 0; i < count; i += 8) {
+    const Int32x8 mine = *reinterpret_cast<const Int32x8*>(keys + i);
+    const Int32x8 just_below = mine - 1;
+    Int32x8 beaten = {};
+    for (int64_t j = 0; j < i; ++j) beaten -= just_below < keys[j];
+    for (int64_t j = 0; j < 8; ++j) beaten -= mine - kLater[j] < keys[i + j];
+    for (int64_t j = i + 8; j < count; ++j) beaten -= mine < keys[j];
+    const int64_t lanes = count - i < 8 ? count - i : 8;
+    alignas(32) int32_t ranks[8];
+    *reinterpret_cast<Int32x8*>(ranks) = beaten;
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      selection.keys[ranks[lane]] = keys[i + lane];
+      selection.ids[ranks[lane]] = ids == nullptr ? static_cast<int32_t>(i + lane) : ids[i + lane];
+    }
   }
 }
 
-// Leaves the k best of `experts` keys in scratch.ordered, best first. `keys` is a row padded with
-// kNoKey.
-inline void select(const int32_t* keys, int64_t experts, int64_t k, SelectScratch& scratch) {
+// Orders many keys by partial sorting.
+inline void sort(const int32_t* keys, const int32_t* ids, int64_t count, int64_t k,
+                 Selection& selection) {
+  int64_t* pairs = selection.pairs;
+  for (int64_t i = 0; i < count; ++i) {
+    pairs[i] = pack(keys[i], ids == nullptr ? static_cast<int32_t>(i) : ids[i]);
+  }
+  std::nth_element(pairs, pairs + k - 1, pairs + count, Descending());
+  std::sort(pairs, pairs + k, Descending());
+  for (int64_t i = 0; i < k; ++i) {
+    selection.keys[i] = packed_key(pairs[i]);
+    selection.ids[i] = packed_id(pairs[i]);
+  }
+}
+
+// Leaves the k best of `experts` keys in the selection, best first. `keys` is a row padded with kNoKey.
+inline void select(const int32_t* keys, int64_t experts, int64_t k, Selection& selection) {
   const int32_t* survivors = keys;
   const int32_t* ids = nullptr;
   int64_t count = experts;
   while (k <= kMostClasses / 2 && count > kRankedDirectly && count > 2 * k) {
     const int64_t padded = round_up(count, kRowMultiple);
     const int32_t bound = bound_of(survivors, padded, k);
-    const int64_t kept = compact(survivors, ids, padded, bound, k, scratch);
-    for (int64_t i = kept; i < round_up(kept, kRowMultiple); ++i) scratch.keys[i] = kNoKey;
+    const int64_t kept = compact(survivors, ids, padded, bound, k, selection);
+    for (int64_t i = kept; i < round_up(kept, kRowMultiple); ++i) {
+      selection.survivor_keys[i] = kNoKey;
+    }
     const bool shrank = kept <= count - count / 4;
-    survivors = scratch.keys;
-    ids = scratch.ids;
+    survivors = selection.survivor_keys;
+    ids = selection.survivor_ids;
     count = kept;
     if (count <= kMostRanked || !shrank) break;
   }
-  for (int64_t i = 0; i < count; ++i) {
-    scratch.pairs[i] = pack(survivors[i], ids == nullptr ? static_cast<int32_t>(i) : ids[i]);
-  }
   if (count <= kMostRanked) {
-    rank(count, scratch);
-    return;
+    rank(survivors, ids, count, selection);
+  } else {
+    sort(survivors, ids, count, k, selection);
   }
-  std::nth_element(scratch.pairs, scratch.pairs + k - 1, scratch.pairs + count, Descending());
-  std::sort(scratch.pairs, scratch.pairs + k, Descending());
-  std::memcpy(scratch.ordered, scratch.pairs, static_cast<size_t>(k) * sizeof(int64_t));
 }
 
 }  // namespace

@@ -1,0 +1,74 @@
+// The CUDA module: handlers that bind the kernels to XLA, and their table.
+
+#include <cuda_runtime_api.h>
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+#include <string>
+
+#include "ffi.h"
+#include "route.h"
+
+namespace nb = nanobind;
+
+namespace jax_router {
+namespace {
+
+ffi::Error launch_result(const char* name, cudaError_t status) {
+  if (status == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error::Internal(std::string("jax_router: the launch of ") + name +
+                              " failed: " + cudaGetErrorString(status));
+}
+
+// ---- route ----
+
+ffi::Error route(cudaStream_t stream, ffi::AnyBuffer logits, ffi::RemainingArgs optional,
+                 ffi::Result<ffi::AnyBuffer> weights, ffi::Result<ffi::AnyBuffer> experts,
+                 ffi::Result<ffi::AnyBuffer> normalizer, int64_t k, int64_t score, bool renormalize,
+                 float scale, int64_t group_count, int64_t group_keep, int64_t group_score,
+                 bool has_bias, bool has_where, bool has_experts) {
+  const RouteOptions options =
+      OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
+  RouteForward call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_route_forward(options, has_bias, has_where, has_experts, logits,
+                                                  optional, *weights, *experts, *normalizer,
+                                                  &call));
+  if (has_bias || has_where || has_experts || group_count > 0 ||
+      call.logits_type != LogitsType::kFloat32) {
+    return invalid("the CUDA kernel of route takes plain float32 logits");
+  }
+  return launch_result("route", launch_route(call, options, stream));
+}
+
+XLA_FFI_DEFINE_HANDLER(kRoute, route,
+                       bind_options(ffi::Ffi::Bind()
+                                        .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                        .Arg<ffi::AnyBuffer>()  // logits [*B, T, E]
+                                        .RemainingArgs()
+                                        .Ret<ffi::AnyBuffer>()  // weights [*B, T, k]
+                                        .Ret<ffi::AnyBuffer>()  // experts [*B, T, k]
+                                        .Ret<ffi::AnyBuffer>()  // normalizer [*B, T]
+                                    )
+                           .Attr<bool>("has_bias")
+                           .Attr<bool>("has_where")
+                           .Attr<bool>("has_experts"),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+// ---- table ----
+
+nb::dict handlers() {
+  nb::dict table;
+  table["route"] = nb::capsule(reinterpret_cast<void*>(kRoute));
+  return table;
+}
+
+}  // namespace
+}  // namespace jax_router
+
+NB_MODULE(_cuda, m) {
+  m.doc() = "CUDA handlers of jax_router.";
+  m.def("handlers", &jax_router::handlers, "FFI handlers by name.");
+  m.def(
+      "ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
+      "XLA FFI version (major, minor) that this module was compiled for.");
+}
