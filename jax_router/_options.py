@@ -33,18 +33,18 @@ class Routing(NamedTuple):
 class Groups(NamedTuple):
   """Group-limited routing: only experts of the best groups can be chosen.
 
-  The E experts form `count` contiguous groups. Of these the `keep` groups with the best scores stay,
-  ties going to the lowest group; experts of the other groups have key -inf.
+  The E experts form `count` contiguous groups. The `keep` groups with the best scores stay, ties
+  going to the lowest group; experts of the other groups have key -inf.
 
   Attributes:
     count: number of groups; it divides the number of experts.
     keep: how many groups stay, 1 <= keep <= count.
     score: score of a group. `"top2"`: the sum of its two largest keys (DeepSeek-V3; a group of one
-      expert has no second key and scores -inf). `"max"`: its largest key (DeepSeek-V2). `"sum"`: the
-      sum of its `k // keep` largest keys (TransformerEngine).
+      expert has no second key and scores -inf). `"max"`: its largest key (DeepSeek-V2). `"sum"`:
+      the sum of its `k // keep` largest keys (TransformerEngine).
   """
 
-  count: int
+  count: int  # pyright: ignore[reportIncompatibleMethodOverride]
   keep: int
   score: str = "top2"
 

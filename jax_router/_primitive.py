@@ -1,9 +1,9 @@
 """Builds a JAX primitive around an XLA FFI target.
 
 One call of `make_primitive` gives an operation its abstract values, vmap (the axis is folded into
-the batch dimensions: one launch), forward-mode rule, eager dispatch through a cached jit, the custom
-call on the CPU and on NVIDIA GPUs, plain JAX on every other platform, and the attributes that keep
-arrays sharded over batch dimensions free of collectives.
+the batch dimensions: one launch), forward-mode rule, eager dispatch through a cached jit, the
+custom call on the CPU and on NVIDIA GPUs, plain JAX on every other platform, and the attributes
+that keep arrays sharded over batch dimensions free of collectives.
 
 Every operand and every result starts with the same batch dimensions. The partitioner splits along
 these and replicates the rest, so an operand without them would be cut along the wrong dimension.
@@ -66,7 +66,7 @@ def make_primitive(operation: Operation) -> Callable[..., list[jax.Array]]:
   def bind(*operands: jax.Array, **params: Any) -> list[jax.Array]:
     return primitive.bind(*_compat.join_varying_axes(operands), **params)
 
-  @functools.lru_cache(maxsize=None)
+  @functools.cache
   def compiled(**params: Any):
     return jax.jit(functools.partial(bind, **params))
 
@@ -90,7 +90,8 @@ def _abstract_eval(operation: Operation, *avals: Any, implementation: str | None
   for shape in shapes:
     if shape[:ndim] != batch:
       raise ValueError(
-        f"jax_router_{operation.name}: operands must share the batch dimensions {batch}, got {shape}"
+        f"jax_router_{operation.name}: operands must share the batch dimensions {batch}, "
+        f"got {shape}"
       )
   specs = zip(*(_compat.spec_of(aval)[:ndim] for aval in avals), strict=True)
   spec = tuple(next((axis for axis in axes if axis is not None), None) for axes in specs)

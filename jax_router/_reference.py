@@ -1,4 +1,4 @@
-"""Every operation in plain JAX: lowering for platforms without a kernel, and a cross-check of tests.
+"""Every operation in plain JAX: the lowering where there is no kernel, and a cross-check of tests.
 
 The functions take the same operands as the primitives and return the same results, so that either
 can stand in for the other. All arithmetic is float32.
@@ -131,8 +131,8 @@ def weigh(
 ) -> Weighing:
   """Scaled weights of `experts` at active slots, 0 elsewhere. Differentiable in `logits`.
 
-  The normalizer is what the backward needs: the logsumexp of the row for a softmax over all experts,
-  the divisor of the weights for another score that is renormalized, else 1.
+  The normalizer is what the backward needs: the logsumexp of the row for a softmax over all
+  experts, the divisor of the weights for another score that is renormalized, else 1.
   """
   x = _float32(logits)
   safe = jnp.where(active, experts, 0).astype(jnp.int32)
@@ -235,10 +235,14 @@ def route_backward(
 ) -> jax.Array:
   """Gradient `[*B, T, E]` of the logits from the choice alone; `logits` only where it is dense.
 
-  With p = weights / scale and h = scale * cotangent on the active slots:
-  softmax, renormalized: dx = p (h - sum h p) on the slots. Softmax over all experts: dx = y (h - sum
-  h p) for every expert. Other scores, y = p * normalizer: dx = (h - sum h p) / normalizer * dy/dx
-  (renormalized) or h * dy/dx. Experts given twice add up.
+  With p = weights / scale, h = scale * cotangent on the active slots and y = p * normalizer:
+
+      softmax, renormalized   dx = p (h - sum h p)                       on the slots
+      softmax over all        dx = softmax(x) (h - sum h p)              for every expert
+      others, renormalized    dx = (h - sum h p) / normalizer * dy/dx    on the slots
+      others                  dx = h * dy/dx                             on the slots
+
+  An expert given twice gets the sum of its slots.
   """
   active = active_slots(weights, experts, normalizer, num_experts)
   scale = np.float32(options.scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,10 +47,11 @@ def route(
   Experts come in the order of `jax.lax.top_k`: descending key, ties to the lowest expert, +0 above
   -0. The bias steers the choice only; weights are made of scores without it.
 
-  A NaN logit has key -inf and score 0. A row with fewer than k keys above -inf is filled up with the
-  lowest experts left at weight 0; a row with none (or, with groups, with fewer than `groups.keep`
-  group scores above -inf) gets experts 0 .. k-1, each of weight 1/k, and no gradient. A +inf logit
-  counts as the largest float32. So experts are always distinct and in range, weights always finite.
+  A NaN logit has key -inf and score 0. A row with fewer than k keys above -inf is filled up with
+  the lowest experts left at weight 0; a row with none (or, with groups, with fewer than
+  `groups.keep` group scores above -inf) gets experts 0 .. k-1, each of weight 1/k, and no gradient.
+  A +inf logit scores like the largest float32. So experts are always distinct and in range, and
+  weights finite whatever the logits hold.
 
   Differentiable in `logits` in reverse mode, twice. For forward mode use
   `implementation="reference"`. Under `jax.checkpoint`, the policy
@@ -99,6 +101,7 @@ def route(
   if experts is not None:
     bias, options = None, options._replace(groups=None)
   operands = _fold_tokens(logits, bias, where, experts)
+  results: Sequence[jax.Array]
   if implementation == "reference":
     results = _reference.route(*operands, options=options, index_dtype=index_dtype)
   else:
@@ -140,12 +143,21 @@ def _check_operands(logits, bias, where, experts, k):
   return bias, where, experts
 
 
-def _fold_tokens(logits, bias, where, experts):
-  """Brings the operands into the primitive's form: logits `[*B, T, E]`, bias `[*B, E]`.
+class _Operands(NamedTuple):
+  """Operands of the primitive: logits `[*B, T, E]`, `[*B, E]`, `[*B, T]`, `[*B, T, k]`."""
+
+  logits: jax.Array
+  bias: jax.Array | None
+  where: jax.Array | None
+  experts: jax.Array | None
+
+
+def _fold_tokens(logits, bias, where, experts) -> _Operands:
+  """Brings the operands into the form of the primitive.
 
   Without a bias every leading dimension is a batch dimension as it stands. A bias must carry the
-  batch dimensions too, so that the partitioner can split it with the logits: the tokens are cut into
-  as many groups as there may be shards, and each group gets a copy of the bias.
+  batch dimensions too, so that the partitioner can split it with the logits: the tokens are cut
+  into as many groups as there may be shards, and each group gets a copy of the bias.
   """
   batch, tokens = logits.shape[:-2], math.prod(logits.shape[-2:-1])
   if bias is not None:
@@ -161,17 +173,17 @@ def _fold_tokens(logits, bias, where, experts):
     where = where.reshape(*batch, tokens)
   if experts is not None:
     experts = experts.reshape(*batch, tokens, experts.shape[-1])
-  return logits, bias, where, experts
+  return _Operands(logits, bias, where, experts)
 
 
 # ---- the primitives ----
 
 
-def _unpack(operands, has_bias: bool, has_where: bool, has_experts: bool):
-  """(logits, bias, where, experts) with None for absent operands."""
+def _unpack(operands, has_bias: bool, has_where: bool, has_experts: bool) -> _Operands:
+  """The operands of the primitive with None for absent ones."""
   rest = iter(operands[1:])
-  present = (has_bias, has_where, has_experts)
-  return operands[0], *(next(rest) if there else None for there in present)
+  bias, where, experts = (next(rest) if x else None for x in (has_bias, has_where, has_experts))
+  return _Operands(operands[0], bias, where, experts)
 
 
 def _forward_batch_ndim(shapes, *, has_bias: bool, **_: Any) -> int:
@@ -251,8 +263,9 @@ def _backward_attributes(*, options, num_experts, dtype) -> dict[str, Any]:
 
 
 def _backward_reference(*operands, **params: Any):
-  logits = operands[4] if len(operands) > 4 else None
-  return [_reference.route_backward(*operands[:4], logits, **params)]
+  cotangent, weights, experts, normalizer, *rest = operands
+  logits = rest[0] if rest else None
+  return [_reference.route_backward(cotangent, weights, experts, normalizer, logits, **params)]
 
 
 def _backward_tangents(operands, results, tangents, **params: Any):

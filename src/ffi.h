@@ -1,4 +1,5 @@
-// What every handler shares: aliases, error text, decoding of options and types, checks of operands.
+// What every handler shares: aliases, error text, decoding of options and types, checks of
+// operands.
 
 #ifndef JAX_ROUTER_FFI_H_
 #define JAX_ROUTER_FFI_H_
@@ -20,10 +21,10 @@ inline ffi::Error invalid(std::string message) {
 }
 
 // Evaluates an expression of type ffi::Error and returns it from the caller if it failed.
-#define JAX_ROUTER_RETURN_IF_ERROR(expression)              \
-  do {                                                      \
-    ::jax_router::ffi::Error error = (expression);          \
-    if (error.failure()) return error;                      \
+#define JAX_ROUTER_RETURN_IF_ERROR(expression)     \
+  do {                                             \
+    ::jax_router::ffi::Error error = (expression); \
+    if (error.failure()) return error;             \
   } while (false)
 
 // Every option of `route` as it arrives: FFI attributes are 64-bit integers, bool or float.
@@ -37,8 +38,8 @@ struct OptionAttributes {
   int64_t group_score;
 
   RouteOptions decode() const {
-    return {k,           static_cast<Score>(score), renormalize, scale, group_count, group_keep,
-            static_cast<GroupScore>(group_score)};
+    return {k,          static_cast<Score>(score),           renormalize, scale, group_count,
+            group_keep, static_cast<GroupScore>(group_score)};
   }
 };
 

@@ -28,7 +28,9 @@ struct RouteOptions {
   GroupScore group_score;
 
   // The gradient of a softmax over all experts reaches every one of them.
-  JAX_ROUTER_HOST_DEVICE bool dense_gradient() const { return score == Score::kSoftmax && !renormalize; }
+  JAX_ROUTER_HOST_DEVICE bool dense_gradient() const {
+    return score == Score::kSoftmax && !renormalize;
+  }
 
   // How many keys the score of a group adds up.
   JAX_ROUTER_HOST_DEVICE int64_t group_terms() const {
@@ -37,8 +39,8 @@ struct RouteOptions {
   }
 };
 
-// One call of the forward: `tokens` rows of `experts` logits. Absent operands are null. Token t takes
-// row t / tokens_per_bias of the bias.
+// One call of the forward: `tokens` rows of `experts` logits. Absent operands are null. Token t
+// takes row t / tokens_per_bias of the bias.
 struct RouteForward {
   const void* logits;
   LogitsType logits_type;
@@ -48,8 +50,8 @@ struct RouteForward {
   int64_t tokens;
   int64_t experts;
   int64_t tokens_per_bias;
-  float* weights;     // [tokens, k]; -0 at slots filled up for want of keys above -inf
-  void* indices;      // [tokens, k], index_bytes each
+  float* weights;  // [tokens, k]; -0 at slots filled up for want of keys above -inf
+  void* indices;   // [tokens, k], index_bytes each
   int index_bytes;
   float* normalizer;  // [tokens]; NaN where the row has no gradient
 };

@@ -1,9 +1,9 @@
 // Arithmetic that the CPU and the CUDA kernels share, operation for operation.
 //
-// A selection key that needs arithmetic (a score plus a bias, a sum over a group) must round alike on
-// every backend, or two backends would choose different experts. So nothing here is left to the
-// compiler: every multiply-add is explicit, both compilers are told not to contract the rest, and no
-// result is a denormal, which the CPU may flush.
+// A selection key that needs arithmetic (a score plus a bias, a sum over a group) must round alike
+// on every backend, or two backends would choose different experts. So nothing here is left to the
+// compiler: every multiply-add is explicit, both compilers are told not to contract the rest, and
+// no result is a denormal, which the CPU may flush.
 
 #ifndef JAX_ROUTER_SCALAR_H_
 #define JAX_ROUTER_SCALAR_H_
@@ -197,8 +197,8 @@ JAX_ROUTER_FN float elementwise_score(float x, Score score) {
 JAX_ROUTER_FN float score_gradient(float y, Score score) {
   if (score == Score::kNone) return 1.0f;
   if (score == Score::kSigmoid) return y * (y < 1.0f ? 1.0f - y : 0.0f);
-  // sigmoid(x) / (2 y), with sigmoid(x) = 1 - exp(-softplus(x)) and softplus(x) = y * y. For small y
-  // the difference cancels; its series does not.
+  // sigmoid(x) / (2 y), with sigmoid(x) = 1 - exp(-softplus(x)) and softplus(x) = y * y. For small
+  // y the difference cancels; its series does not.
   const float s = y * y;
   const float inner = 1.0f - s * (1.0f / 4.0f) * (1.0f - s * (1.0f / 5.0f));
   const float series = s * (1.0f - s * 0.5f * (1.0f - s * (1.0f / 3.0f) * inner));

@@ -37,10 +37,10 @@ class Scratch {
   void* data_;
 };
 
-// Calls body(begin, end) over [0, rows) in chunks of about `chunk_cost` units of work, on the caller's
-// thread and the pool's. Chunks are fixed by the sizes alone; which thread takes which does not matter
-// to the result. The future completes with the last chunk, so no thread ever blocks: a task that comes
-// late finds no chunk left and touches nothing.
+// Calls body(begin, end) over [0, rows) in chunks of about `chunk_cost` units of work, on the
+// caller's thread and the pool's. Chunks are fixed by the sizes alone; which thread takes which
+// does not matter to the result. The future completes with the last chunk, so no thread ever
+// blocks: a task that comes late finds no chunk left and touches nothing.
 template <typename Body>
 ffi::Future parallel_rows(ffi::ThreadPool& pool, int64_t rows, int64_t cost_per_row, Body body) {
   constexpr int64_t kChunkCost = 1 << 15;

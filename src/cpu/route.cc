@@ -1,5 +1,5 @@
-// The forward of `route` on the CPU. Kernels know pointers, sizes and options; module.cc binds them to
-// XLA.
+// The forward of `route` on the CPU. Kernels know pointers, sizes and options; module.cc binds them
+// to XLA.
 
 #include "route.h"
 
@@ -16,10 +16,10 @@ namespace {
 struct Row {
   int64_t padded;
   int64_t padded_k;
-  int32_t* keys;       // selection keys, padded with kNoKey
-  float* logits;       // where scores are needed: float32, NaN has become -inf, padded with -inf
-  float* scores;       // where they are needed
-  float logsumexp;     // of the row, where it has softmax scores
+  int32_t* keys;    // selection keys, padded with kNoKey
+  float* logits;    // where scores are needed: float32, NaN has become -inf, padded with -inf
+  float* scores;    // where they are needed
+  float logsumexp;  // of the row, where it has softmax scores
   float* group_scores;
   bool* group_kept;
   float* slot;           // logits of the chosen, then their weights
@@ -62,7 +62,8 @@ bool needs_scores(const RouteForward& call, const RouteOptions& options) {
   return summed && (options.score == Score::kSigmoid || options.score == Score::kSqrtSoftplus);
 }
 
-// Keys of the logits, NaN marked if the keys are not final yet, and the scores where they are needed.
+// Keys of the logits, NaN marked if the keys are not final yet, and the scores where they are
+// needed.
 template <typename T>
 void load_row(const RouteForward& call, const RouteOptions& options, const T* __restrict logits,
               Row& row) {
@@ -113,8 +114,7 @@ bool limit_to_groups(Row& row, const int32_t* group_keys, int64_t experts,
   const int64_t size = experts / count;
   int64_t* pairs = row.selection.pairs;
   for (int64_t g = 0; g < count; ++g) {
-    row.group_scores[g] =
-        sum_of_largest(group_keys + g * size, size, options.group_terms(), pairs);
+    row.group_scores[g] = sum_of_largest(group_keys + g * size, size, options.group_terms(), pairs);
   }
   for (int64_t g = 0; g < count; ++g) {
     pairs[g] = pack(key_from_float(row.group_scores[g]), static_cast<int32_t>(g));
@@ -148,9 +148,9 @@ bool finish_keys(const RouteForward& call, const RouteOptions& options, const fl
     const float* scores = options.score == Score::kNone ? row.logits : row.scores;
     score_keys(row, scores, bias, call.experts, row.keys);
   } else {
-    const bool logits_are_keys =
-        options.score == Score::kNone ||
-        (options.score == Score::kSoftmax && options.renormalize) || options.group_terms() == 1;
+    const bool logits_are_keys = options.score == Score::kNone ||
+                                 (options.score == Score::kSoftmax && options.renormalize) ||
+                                 options.group_terms() == 1;
     if (options.group_count > 0 && !logits_are_keys) {
       score_keys(row, row.scores, nullptr, call.experts, row.selection.keys);
       group_keys = row.selection.keys;
@@ -216,8 +216,8 @@ void softmax_slots(Row& row, int64_t k) {
       sums[j] += row.slot[i + j];
     }
   }
-  float total = ((sums[0] + sums[1]) + (sums[2] + sums[3])) +
-                ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  float total =
+      ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
   total = total > 0.0f ? total : 1.0f;
   for (int64_t i = 0; i < row.padded_k; ++i) row.slot[i] /= total;
 }

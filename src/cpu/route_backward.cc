@@ -20,10 +20,10 @@ namespace JAX_ROUTER_ISA {
 namespace {
 
 struct Slots {
-  float* sums;     // [experts], zero between rows
-  float* value;    // [k]
-  int32_t* expert; // [k], the experts of slots with a gradient, in slot order
-  float* p;        // [k]
+  float* sums;      // [experts], zero between rows
+  float* value;     // [k]
+  int32_t* expert;  // [k], the experts of slots with a gradient, in slot order
+  float* p;         // [k]
   int64_t count;
 };
 

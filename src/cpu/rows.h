@@ -1,8 +1,9 @@
 // Rows of logits on the CPU: scratch, loads and stores by type, scores.
 //
 // Included by kernels that are compiled once per instruction set, with JAX_ROUTER_ISA naming their
-// namespace. Such a file must not instantiate templates of the standard library over common types: the
-// linker keeps one copy of such a function and could pick one that an older processor cannot run.
+// namespace. Such a file must not instantiate templates of the standard library over common types:
+// the linker keeps one copy of such a function and could pick one that an older processor cannot
+// run.
 
 #ifndef JAX_ROUTER_CPU_ROWS_H_
 #define JAX_ROUTER_CPU_ROWS_H_
@@ -70,7 +71,8 @@ inline void with_type(LogitsType type, Body body) {
   }
 }
 
-// Calls `body` with a null pointer of the unsigned type of an index's size. Indices are never negative.
+// Calls `body` with a null pointer of the unsigned type of an index's size. Indices are never
+// negative.
 template <typename Body>
 inline void with_index(int index_bytes, Body body) {
   switch (index_bytes) {
@@ -94,7 +96,8 @@ struct Softmax {
 };
 
 // Softmax terms of a padded row. The order of additions is part of the definition, since keys can
-// depend on it: 32 partial sums, element i to sum i mod 32, then pairwise at distance 16, 8, 4, 2, 1.
+// depend on it: 32 partial sums, element i to sum i mod 32, then pairwise at distance 16, 8, 4,
+// 2, 1.
 inline Softmax softmax_terms(const float* __restrict x, int64_t padded, float* __restrict terms) {
   float largest = -kLargest;
   for (int64_t i = 0; i < padded; ++i) largest = x[i] > largest ? x[i] : largest;

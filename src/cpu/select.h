@@ -1,8 +1,9 @@
 // Exact top-k of a row of integer keys, largest first, ties to the lowest index.
 //
-// The row is read as classes of equal stride. The k-th largest of the class maxima is a lower bound of
-// the k-th largest key, so only keys that reach it can be chosen: on random rows about k and a few.
-// They are compacted (again and again while too many survive) and ranked by counting who beats them.
+// The row is read as classes of equal stride. The k-th largest of the class maxima is a lower bound
+// of the k-th largest key, so only keys that reach it can be chosen: on random rows about k and a
+// few. They are compacted (again and again while too many survive) and ranked by counting who beats
+// them.
 
 #ifndef JAX_ROUTER_CPU_SELECT_H_
 #define JAX_ROUTER_CPU_SELECT_H_
@@ -32,8 +33,8 @@ constexpr int64_t kRankedDirectly = 32;  // so few keys are ranked as they are
 constexpr int64_t kMostRanked = 128;     // more are sorted
 
 struct Selection {
-  int32_t* keys;  // the chosen, best first, then what was not chosen; a padded row
-  int32_t* ids;   // their indices
+  int32_t* keys;           // the chosen, best first, then what was not chosen; a padded row
+  int32_t* ids;            // their indices
   int32_t* survivor_keys;  // scratch, padded rows
   int32_t* survivor_ids;
   int64_t* pairs;  // key and index in one ordered integer
@@ -65,7 +66,8 @@ inline uint32_t reach_mask(const int32_t* keys, int32_t limit) {
 }
 
 // A lower bound of the k-th largest of `padded` keys: the k-th largest of the maxima of kClasses
-// strided classes, k <= kClasses. The inner loops are unrolled so that the vectors stay in registers.
+// strided classes, k <= kClasses. The inner loops are unrolled so that the vectors stay in
+// registers.
 template <int kClasses>
 inline int32_t bound_of(const int32_t* keys, int64_t padded, int64_t k) {
   constexpr int kVectors = kClasses / 8;
@@ -132,8 +134,8 @@ struct Descending {
   bool operator()(int64_t a, int64_t b) const { return a > b; }
 };
 
-// Orders few keys by counting, for each, how many beat it. Indices ascend, so of equal keys the earlier
-// beats the later: key_j > key_i - 1 for j < i, key_j > key_i for j > i.
+// Orders few keys by counting, for each, how many beat it. Indices ascend, so of equal keys the
+// earlier beats the later: key_j > key_i - 1 for j < i, key_j > key_i for j > i.
 inline void rank(const int32_t* keys, const int32_t* ids, int64_t count, Selection& selection) {
   static constexpr Int32x8 kLater[8] = {{0, 1, 1, 1, 1, 1, 1, 1}, {0, 0, 1, 1, 1, 1, 1, 1},
                                         {0, 0, 0, 1, 1, 1, 1, 1}, {0, 0, 0, 0, 1, 1, 1, 1},
@@ -171,7 +173,8 @@ inline void sort(const int32_t* keys, const int32_t* ids, int64_t count, int64_t
   }
 }
 
-// Leaves the k best of `experts` keys in the selection, best first. `keys` is a row padded with kNoKey.
+// Leaves the k best of `experts` keys in the selection, best first. `keys` is a row padded with
+// kNoKey.
 inline void select(const int32_t* keys, int64_t experts, int64_t k, Selection& selection) {
   const int32_t* survivors = keys;
   const int32_t* ids = nullptr;

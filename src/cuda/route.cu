@@ -1,9 +1,8 @@
 // The forward of `route` on NVIDIA GPUs: one warp a token, one round a slot.
 
-#include "route.h"
-
 #include <cstdint>
 
+#include "route.h"
 #include "scalar.h"
 #include "warp.cuh"
 
@@ -64,8 +63,7 @@ __device__ __forceinline__ float unnormalized(float x, float largest, Score scor
 template <typename Index>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
     route_kernel(RouteForward call, RouteOptions options) {
-  const int64_t token =
-      static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
   if (token >= call.tokens) return;
   const int lane = threadIdx.x % kWarpSize;
   const int experts = static_cast<int>(call.experts);
@@ -110,8 +108,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
   for (int slot = lane; slot < k; slot += kWarpSize) {
     const float x = weights[slot];
     // Adding 0 turns an honest -0 into +0: -0 marks a slot without gradient.
-    const float weight =
-        unnormalized(x, largest, options.score) / total * options.scale + 0.0f;
+    const float weight = unnormalized(x, largest, options.score) / total * options.scale + 0.0f;
     weights[slot] = degenerate ? 1.0f / static_cast<float>(k) : x > -kInfinity ? weight : -0.0f;
   }
   if (lane == 0) call.normalizer[token] = degenerate ? __int_as_float(0x7fc00000) : normalizer;
@@ -120,8 +117,8 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
 template <typename Index>
 cudaError_t launch(const RouteForward& call, const RouteOptions& options, cudaStream_t stream) {
   const int64_t blocks = (call.tokens + kWarpsPerBlock - 1) / kWarpsPerBlock;
-  route_kernel<Index><<<static_cast<unsigned>(blocks), kWarpsPerBlock * kWarpSize, 0, stream>>>(
-      call, options);
+  route_kernel<Index>
+      <<<static_cast<unsigned>(blocks), kWarpsPerBlock * kWarpSize, 0, stream>>>(call, options);
   return cudaGetLastError();
 }
 

@@ -1,5 +1,5 @@
-// The CUDA kernels of `route`. A launch allocates nothing, waits for nothing and reads nothing back, so
-// it can be captured in a command buffer.
+// The CUDA kernels of `route`. A launch allocates nothing, waits for nothing and reads nothing
+// back, so it can be captured in a command buffer.
 
 #ifndef JAX_ROUTER_CUDA_ROUTE_H_
 #define JAX_ROUTER_CUDA_ROUTE_H_
@@ -11,7 +11,8 @@
 namespace jax_router {
 
 // Float32 logits without bias, groups, mask or given experts.
-cudaError_t launch_route(const RouteForward& call, const RouteOptions& options, cudaStream_t stream);
+cudaError_t launch_route(const RouteForward& call, const RouteOptions& options,
+                         cudaStream_t stream);
 
 }  // namespace jax_router
 

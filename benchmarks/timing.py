@@ -1,0 +1,131 @@
+"""What every benchmark shares: timing, the environment, and where results go."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+
+def median_ms(function: Callable[..., Any], *args: Any, samples: int = 30) -> float:
+  """Median wall time of a jitted call in milliseconds, after two calls to warm up."""
+  for _ in range(2):
+    jax.block_until_ready(function(*args))
+  times = []
+  for _ in range(samples):
+    start = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    times.append(time.perf_counter() - start)
+  return statistics.median(times) * 1e3
+
+
+def interleaved_ms(
+  functions: Sequence[Callable[..., Any]], *args: Any, samples: int = 30
+) -> list[float]:
+  """Median times of several calls, sampled in turn so that a busy machine slows all alike."""
+  for function in functions:
+    jax.block_until_ready(function(*args))
+  times: list[list[float]] = [[] for _ in functions]
+  for _ in range(samples):
+    for function, record in zip(functions, times, strict=True):
+      record.append(median_ms(function, *args, samples=1))
+  return [statistics.median(record) for record in times]
+
+
+def dispatch_us(function: Callable[..., Any], *args: Any, calls: int = 5000) -> float:
+  """Wall time of one queued jitted call in microseconds: the best of five rounds."""
+  jax.block_until_ready(function(*args))
+  rounds = []
+  for _ in range(5):
+    start = time.perf_counter()
+    result = None
+    for _ in range(calls):
+      result = function(*args)
+    jax.block_until_ready(result)
+    rounds.append((time.perf_counter() - start) / calls)
+  return min(rounds) * 1e6
+
+
+def _output(*command: str) -> str:
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+  except (OSError, subprocess.CalledProcessError):
+    return "unknown"
+  return done.stdout.strip()
+
+
+def _processor() -> str:
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+  except OSError:
+    return platform.processor()
+  names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+  return names[0] if names else platform.machine()
+
+
+def environment() -> dict[str, Any]:
+  """Device, versions, date and commit, for the head of a result."""
+  device = jax.devices()[0]
+  return {
+    "device": device.device_kind if device.platform != "cpu" else _processor(),
+    "platform": device.platform,
+    "cores": os.cpu_count(),
+    "python": platform.python_version(),
+    "jax": jax.__version__,
+    "jaxlib": importlib.metadata.version("jaxlib"),
+    "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    "commit": _output("git", "rev-parse", "--short", "HEAD"),
+  }
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+  """Command line that all benchmarks share."""
+  command = argparse.ArgumentParser(description=description)
+  command.add_argument("--output", type=pathlib.Path, help="folder for NAME.json and NAME.txt")
+  command.add_argument("--samples", type=int, default=30, help="samples of each time (30)")
+  return command
+
+
+class Report:
+  """Prints lines as they come and keeps them, and the rows behind them, for the output folder."""
+
+  def __init__(self, name: str, output: pathlib.Path | None):
+    self._name = name
+    self._output = output
+    self._lines: list[str] = []
+    self._rows: list[dict[str, Any]] = []
+    self._environment = environment()
+    self.line(", ".join(f"{key} {value}" for key, value in self._environment.items()))
+
+  def line(self, text: str = "") -> None:
+    """Prints and keeps one line."""
+    print(text)
+    sys.stdout.flush()
+    self._lines.append(text)
+
+  def row(self, **values: Any) -> None:
+    """Keeps the numbers behind a line."""
+    self._rows.append(values)
+
+  def save(self) -> None:
+    """Writes NAME.json and NAME.txt if an output folder was given."""
+    if self._output is None:
+      return
+    self._output.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(self._lines) + "\n"
+    (self._output / f"{self._name}.txt").write_text(text, encoding="utf-8")
+    record = {"environment": self._environment, "rows": self._rows}
+    text = json.dumps(record, indent=1) + "\n"
+    (self._output / f"{self._name}.json").write_text(text, encoding="utf-8")

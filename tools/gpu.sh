@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Builds jax_router from the tree on a machine with a GPU, runs the GPU tests and the benchmarks, and
+# leaves the logs and the JSON in OUT_DIR. Downloads nothing: it uses the Python packages that are there
+# (jax, nanobind, pytest) with nvcc, CMake and Ninja.
+#
+#   tools/gpu.sh OUT_DIR [architecture, default 90a-real]
+set -euo pipefail
+out=$(mkdir -p "${1:?usage: tools/gpu.sh OUT_DIR [architecture]}" && cd "$1" && pwd)
+architecture=${2:-90a-real}
+cd "$(dirname "$0")/.."
+python=$(command -v "${PYTHON:-python3}")
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+
+# The headers of the JAX that is here: these modules are for this machine alone.
+include=$("$python" -c 'import jax.ffi; print(jax.ffi.include_dir())')
+{
+  nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+  nvcc --version | tail -2
+  time (
+    cmake -S . -B "$site/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$python" \
+      -DJAX_ROUTER_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="$architecture" \
+      -DJAX_ROUTER_XLA_FFI_INCLUDE_DIR="$include" &&
+      cmake --build "$site/build" &&
+      cmake --install "$site/build" --prefix "$site"
+  )
+} >"$out/build.log" 2>&1 || {
+  tail -40 "$out/build.log"
+  exit 1
+}
+cp jax_router/*.py "$site/jax_router/"
+export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" XLA_PYTHON_CLIENT_PREALLOCATE=false
+
+status=0
+"$python" -P -m pytest -m gpu -q 2>&1 | tee "$out/tests.log" || status=$?
+for benchmark in route; do
+  "$python" "benchmarks/$benchmark.py" --output "$out" >"$out/$benchmark.log" 2>&1 || {
+    status=$?
+    tail -20 "$out/$benchmark.log"
+  }
+done
+exit "$status"
