@@ -2,8 +2,9 @@
 
     python benchmarks/route.py [--output benchmarks/results]
 
-A step is the choice and the gradient of the logits for a random cotangent of the weights. XLA's side
-is what one writes without this package: `jax.lax.top_k` of the logits and a softmax over the k chosen.
+A step is the choice and the gradient of the logits for a random cotangent of the weights. XLA's
+side is what one writes without this package: `jax.lax.top_k` of the logits and a softmax over the k
+chosen.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def route(
   the lowest experts left at weight 0; a row with none (or, with groups, with fewer than
   `groups.keep` group scores above -inf) gets experts 0 .. k-1, each of weight 1/k, and no gradient.
   A +inf logit scores like the largest float32. So experts are always distinct and in range, and
-  weights finite whatever the logits hold.
+  weights finite whatever the logits hold (with "none", as far as sums of the scores given are).
 
   Differentiable in `logits` in reverse mode, twice. For forward mode use
   `implementation="reference"`. Under `jax.checkpoint`, the policy

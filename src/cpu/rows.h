@@ -99,8 +99,13 @@ struct Softmax {
 // depend on it: 32 partial sums, element i to sum i mod 32, then pairwise at distance 16, 8, 4,
 // 2, 1.
 inline Softmax softmax_terms(const float* __restrict x, int64_t padded, float* __restrict terms) {
-  float largest = -kLargest;
-  for (int64_t i = 0; i < padded; ++i) largest = x[i] > largest ? x[i] : largest;
+  alignas(32) float maxima[32];
+  for (int j = 0; j < 32; ++j) maxima[j] = -kLargest;
+  for (int64_t i = 0; i < padded; i += 32) {
+    for (int j = 0; j < 32; ++j) maxima[j] = x[i + j] > maxima[j] ? x[i + j] : maxima[j];
+  }
+  float largest = maxima[0];
+  for (int j = 1; j < 32; ++j) largest = maxima[j] > largest ? maxima[j] : largest;
   largest = largest < kLargest ? largest : kLargest;
   alignas(32) float sums[32] = {};
   for (int64_t i = 0; i < padded; i += 32) {
