@@ -206,20 +206,15 @@ Outcome take_given(const RouteForward& call, const RouteOptions& options, const 
 // ---- weights ----
 
 // Softmax over the active slots, in place.
-void softmax_slots(Row& row, int64_t k) {
+void softmax_slots(Row& row) {
   float largest = -kLargest;
-  for (int64_t i = 0; i < k; ++i) largest = row.slot[i] > largest ? row.slot[i] : largest;
-  alignas(32) float sums[8] = {};
-  for (int64_t i = 0; i < row.padded_k; i += 8) {
-    for (int j = 0; j < 8; ++j) {
-      row.slot[i + j] = exp_nonpositive(row.slot[i + j] - largest);
-      sums[j] += row.slot[i + j];
-    }
+  for (int64_t i = 0; i < row.padded_k; ++i) {
+    largest = row.slot[i] > largest ? row.slot[i] : largest;
   }
-  float total =
-      ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-  total = total > 0.0f ? total : 1.0f;
-  for (int64_t i = 0; i < row.padded_k; ++i) row.slot[i] /= total;
+  for (int64_t i = 0; i < row.padded_k; ++i) row.slot[i] = exp_nonpositive(row.slot[i] - largest);
+  const float total = sum_slots(row.slot, row.padded_k);
+  const float divisor = total > 0.0f ? total : 1.0f;
+  for (int64_t i = 0; i < row.padded_k; ++i) row.slot[i] /= divisor;
 }
 
 // Weighs the slots of a row, before the scale. Returns the normalizer.
@@ -239,15 +234,12 @@ float weigh(const RouteOptions& options, const T* logits, Row& row) {
   }
   for (int64_t i = k; i < row.padded_k; ++i) row.slot[i] = -kInfinity;
   if (options.score == Score::kSoftmax) {
-    softmax_slots(row, k);
+    softmax_slots(row);
     return 1.0f;
   }
-  float total = kEpsilon;
-  for (int64_t i = 0; i < k; ++i) {
-    row.slot[i] = row.slot_active[i] ? elementwise_score(row.slot[i], options.score) : 0.0f;
-    total += row.slot[i];
-  }
+  score_row(row.slot, row.padded_k, options.score, row.slot);
   if (!options.renormalize) return 1.0f;
+  const float total = sum_slots(row.slot, row.padded_k) + kEpsilon;
   for (int64_t i = 0; i < k; ++i) row.slot[i] /= total;
   return total;
 }

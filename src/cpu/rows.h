@@ -14,6 +14,14 @@
 
 #include "scalar.h"
 
+#ifdef __clang__
+#define JAX_ROUTER_UNROLL _Pragma("clang loop unroll(full)")
+#define JAX_ROUTER_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define JAX_ROUTER_UNROLL _Pragma("GCC unroll 16")
+#define JAX_ROUTER_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace jax_router {
 namespace JAX_ROUTER_ISA {
 namespace {
@@ -96,10 +104,10 @@ struct Softmax {
 };
 
 // Softmax terms of a padded row. The order of additions is part of the definition, since keys can
-// depend on it: 32 partial sums, element i to sum i mod 32, then pairwise at distance 16, 8, 4,
-// 2, 1.
+// depend on it: 128 partial sums, element i to sum i mod 128, then pairwise at distance 64, 32
+// ... 1.
 inline Softmax softmax_terms(const float* __restrict x, int64_t padded, float* __restrict terms) {
-  alignas(32) float maxima[32];
+  alignas(64) float maxima[32];
   for (int j = 0; j < 32; ++j) maxima[j] = -kLargest;
   for (int64_t i = 0; i < padded; i += 32) {
     for (int j = 0; j < 32; ++j) maxima[j] = x[i + j] > maxima[j] ? x[i + j] : maxima[j];
@@ -107,27 +115,45 @@ inline Softmax softmax_terms(const float* __restrict x, int64_t padded, float* _
   float largest = maxima[0];
   for (int j = 1; j < 32; ++j) largest = maxima[j] > largest ? maxima[j] : largest;
   largest = largest < kLargest ? largest : kLargest;
-  alignas(32) float sums[32] = {};
-  for (int64_t i = 0; i < padded; i += 32) {
-    for (int j = 0; j < 32; ++j) {
+  alignas(64) float sums[kRowMultiple] = {};
+  for (int64_t i = 0; i < padded; i += kRowMultiple) {
+    for (int64_t j = 0; j < kRowMultiple; ++j) {
       const float bounded = x[i + j] < kLargest ? x[i + j] : kLargest;
       const float term = exp_nonpositive(bounded - largest);
       terms[i + j] = term;
       sums[j] += term;
     }
   }
-  for (int distance = 16; distance > 0; distance /= 2) {
-    for (int j = 0; j < distance; ++j) sums[j] += sums[j + distance];
+  for (int64_t distance = kRowMultiple / 2; distance > 0; distance /= 2) {
+    for (int64_t j = 0; j < distance; ++j) sums[j] += sums[j + distance];
   }
   return {largest, sums[0] > 0.0f ? sums[0] : 1.0f};
 }
 
+// Sum of few values, padded to a multiple of 8 with zeros. Each of 8 partial sums carries its
+// rounding error along, so that k equal values add up as exactly as k different ones.
+inline float sum_slots(const float* values, int64_t padded) {
+  alignas(32) float sums[8] = {};
+  alignas(32) float errors[8] = {};
+  for (int64_t i = 0; i < padded; i += 8) {
+    for (int j = 0; j < 8; ++j) {
+      const float value = values[i + j] - errors[j];
+      const float sum = sums[j] + value;
+      errors[j] = (sum - sums[j]) - value;
+      sums[j] = sum;
+    }
+  }
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
 template <Score kScore>
-inline void elementwise_scores(const float* __restrict x, int64_t padded, float* __restrict y) {
+inline void elementwise_scores(const float* x, int64_t padded, float* y) {
+  JAX_ROUTER_INDEPENDENT
   for (int64_t i = 0; i < padded; ++i) y[i] = elementwise_score(x[i], kScore);
 }
 
-// Scores of a padded row; returns its logsumexp for softmax, else 0.
+// Scores of a padded row (`x` and `y` may be the same but for softmax); returns its logsumexp for
+// softmax, else 0.
 inline float score_row(const float* x, int64_t padded, Score score, float* y) {
   switch (score) {
     case Score::kSoftmax: {

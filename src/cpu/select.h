@@ -20,12 +20,6 @@ namespace jax_router {
 namespace JAX_ROUTER_ISA {
 namespace {
 
-#ifdef __clang__
-#define JAX_ROUTER_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define JAX_ROUTER_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 using Int32x8 = int32_t __attribute__((vector_size(32), may_alias));
 
 constexpr int64_t kMostClasses = 128;
