@@ -62,7 +62,7 @@ def compare_with_xla(report: timing.Report, samples: int) -> None:
     x = jax.random.normal(jax.random.key(0), (tokens, experts))
     cotangent = jax.random.normal(jax.random.key(1), (tokens, k))
     functions = forward_and_step(ours, k) + forward_and_step(xla, k)
-    forward, step, xla_forward, xla_step = timing.interleaved_ms(
+    forward, step, xla_forward, xla_step = timing.compared_ms(
       functions, x, cotangent, samples=samples
     )
     ratios.append((xla_forward / forward, xla_step / step))
@@ -101,7 +101,7 @@ def compare_options(report: timing.Report, samples: int) -> None:
 
       functions = forward_and_step(choose, k)
       functions += forward_and_step(lambda x, k, choose=choose: choose(x, k, "reference"), k)
-      times = timing.interleaved_ms(functions, x, cotangent, samples=samples)
+      times = timing.compared_ms(functions, x, cotangent, samples=samples)
       report.line(
         f"{name:34}{dtype:10} forward {times[0]:7.3f} ({times[2]:7.3f})"
         f"   step {times[1]:7.3f} ({times[3]:7.3f})"

@@ -31,17 +31,12 @@ def median_ms(function: Callable[..., Any], *args: Any, samples: int = 30) -> fl
   return statistics.median(times) * 1e3
 
 
-def interleaved_ms(
+def compared_ms(
   functions: Sequence[Callable[..., Any]], *args: Any, samples: int = 30
 ) -> list[float]:
-  """Median times of several calls, sampled in turn so that a busy machine slows all alike."""
-  for function in functions:
-    jax.block_until_ready(function(*args))
-  times: list[list[float]] = [[] for _ in functions]
-  for _ in range(samples):
-    for function, record in zip(functions, times, strict=True):
-      record.append(median_ms(function, *args, samples=1))
-  return [statistics.median(record) for record in times]
+  """Median times of several calls, taken in three rounds so that a slow spell hits all alike."""
+  rounds = [[median_ms(f, *args, samples=samples // 3 + 1) for f in functions] for _ in range(3)]
+  return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
 def dispatch_us(function: Callable[..., Any], *args: Any, calls: int = 5000) -> float:

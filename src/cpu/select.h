@@ -22,8 +22,9 @@ namespace {
 
 using Int32x8 = int32_t __attribute__((vector_size(32), may_alias));
 
-constexpr int64_t kMostClasses = 128;
+constexpr int64_t kMostClasses = 128;    // rows of keys are padded to this with kNoKey
 constexpr int64_t kRankedDirectly = 32;  // so few keys are ranked as they are
+constexpr int64_t kFewSlots = 48;        // up to here 64 classes bound well enough
 constexpr int64_t kMostRanked = 128;     // more are sorted
 
 struct Selection {
@@ -99,7 +100,7 @@ inline int32_t bound_of(const int32_t* keys, int64_t padded, int64_t k) {
   if (k <= 2) return bound_of<8>(keys, padded, k);
   if (k <= 5) return bound_of<16>(keys, padded, k);
   if (k <= 10) return bound_of<32>(keys, padded, k);
-  if (k <= 40) return bound_of<64>(keys, padded, k);
+  if (k <= kFewSlots) return bound_of<64>(keys, padded, k);
   return bound_of<128>(keys, padded, k);
 }
 
@@ -173,11 +174,12 @@ inline void select(const int32_t* keys, int64_t experts, int64_t k, Selection& s
   const int32_t* survivors = keys;
   const int32_t* ids = nullptr;
   int64_t count = experts;
-  while (k <= kMostClasses / 2 && count > kRankedDirectly && count > 2 * k) {
-    const int64_t padded = round_up(count, kRowMultiple);
+  const int64_t multiple = k <= kFewSlots ? kMostClasses / 2 : kMostClasses;
+  while (k <= kMostClasses * 3 / 4 && count > kRankedDirectly && count > 2 * k) {
+    const int64_t padded = round_up(count, multiple);
     const int32_t bound = bound_of(survivors, padded, k);
     const int64_t kept = compact(survivors, ids, padded, bound, k, selection);
-    for (int64_t i = kept; i < round_up(kept, kRowMultiple); ++i) {
+    for (int64_t i = kept; i < round_up(kept, multiple); ++i) {
       selection.survivor_keys[i] = kNoKey;
     }
     const bool shrank = kept <= count - count / 4;
