@@ -234,10 +234,15 @@ def _forward_tangents(operands, results, tangents, *, options, **_: Any):
   return weights_dot, None, normalizer_dot
 
 
-def _forward_runs_on(platform: str, avals, *, options, has_bias, has_where, has_experts, **_: Any):
-  # The CUDA kernel takes plain float32 logits so far; the rest is lowered to plain JAX there.
-  plain = not (has_bias or has_where or has_experts or options.groups)
-  return platform == "cpu" or (plain and avals[0].dtype == np.float32)
+# The CUDA kernels keep a row in the shared memory of a warp. Every supported GPU grants 99 KiB.
+_CUDA_ROW_BYTES = 99 * 1024
+
+
+def _forward_runs_on(platform: str, avals, *, options: RouteOptions, **_: Any) -> bool:
+  keys = 4 * (avals[0].shape[-1] + 127)
+  pairs = 8 * 2 ** (options.k - 1).bit_length() + 8
+  groups = 8 * (options.groups.count + 3) if options.groups else 0
+  return platform == "cpu" or keys + pairs + groups <= _CUDA_ROW_BYTES
 
 
 _bind_forward = make_primitive(
@@ -290,6 +295,9 @@ _bind_backward = make_primitive(
     attributes=_backward_attributes,
     reference=_backward_reference,
     tangents=_backward_tangents,
+    runs_on=lambda platform, _, *, num_experts, **__: (
+      platform == "cpu" or 4 * num_experts <= _CUDA_ROW_BYTES
+    ),
   )
 )
 

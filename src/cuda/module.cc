@@ -33,18 +33,28 @@ ffi::Error route(cudaStream_t stream, ffi::AnyBuffer logits, ffi::RemainingArgs 
   JAX_ROUTER_RETURN_IF_ERROR(decode_route_forward(options, has_bias, has_where, has_experts, logits,
                                                   optional, *weights, *experts, *normalizer,
                                                   &call));
-  if (has_bias || has_where || has_experts || group_count > 0 ||
-      call.logits_type != LogitsType::kFloat32) {
-    return invalid("the CUDA kernel of route takes plain float32 logits");
-  }
   return launch_result("route", launch_route(call, options, stream));
+}
+
+ffi::Error route_backward(cudaStream_t stream, ffi::AnyBuffer cotangent, ffi::AnyBuffer weights,
+                          ffi::AnyBuffer experts, ffi::AnyBuffer normalizer,
+                          ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> gradient,
+                          int64_t k, int64_t score, bool renormalize, float scale,
+                          int64_t group_count, int64_t group_keep, int64_t group_score) {
+  const RouteOptions options =
+      OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
+  RouteBackward call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_route_backward(options, cotangent, weights, experts, normalizer,
+                                                   optional, *gradient, &call));
+  return launch_result("route_backward", launch_route_backward(call, options, stream));
 }
 
 XLA_FFI_DEFINE_HANDLER(kRoute, route,
                        bind_options(ffi::Ffi::Bind()
                                         .Ctx<ffi::PlatformStream<cudaStream_t>>()
                                         .Arg<ffi::AnyBuffer>()  // logits [*B, T, E]
-                                        .RemainingArgs()
+                                        .RemainingArgs()        // bias [*B, E], where [*B, T],
+                                                                // experts [*B, T, k]
                                         .Ret<ffi::AnyBuffer>()  // weights [*B, T, k]
                                         .Ret<ffi::AnyBuffer>()  // experts [*B, T, k]
                                         .Ret<ffi::AnyBuffer>()  // normalizer [*B, T]
@@ -54,11 +64,24 @@ XLA_FFI_DEFINE_HANDLER(kRoute, route,
                            .Attr<bool>("has_experts"),
                        {ffi::Traits::kCmdBufferCompatible});
 
+XLA_FFI_DEFINE_HANDLER(kRouteBackward, route_backward,
+                       bind_options(ffi::Ffi::Bind()
+                                        .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                        .Arg<ffi::AnyBuffer>()  // cotangent [*B, T, k]
+                                        .Arg<ffi::AnyBuffer>()  // weights [*B, T, k]
+                                        .Arg<ffi::AnyBuffer>()  // experts [*B, T, k]
+                                        .Arg<ffi::AnyBuffer>()  // normalizer [*B, T]
+                                        .RemainingArgs()        // logits [*B, T, E]
+                                        .Ret<ffi::AnyBuffer>()  // gradient [*B, T, E]
+                                    ),
+                       {ffi::Traits::kCmdBufferCompatible});
+
 // ---- table ----
 
 nb::dict handlers() {
   nb::dict table;
   table["route"] = nb::capsule(reinterpret_cast<void*>(kRoute));
+  table["route_backward"] = nb::capsule(reinterpret_cast<void*>(kRouteBackward));
   return table;
 }
 

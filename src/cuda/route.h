@@ -10,9 +10,11 @@
 
 namespace jax_router {
 
-// Float32 logits without bias, groups, mask or given experts.
 cudaError_t launch_route(const RouteForward& call, const RouteOptions& options,
                          cudaStream_t stream);
+
+cudaError_t launch_route_backward(const RouteBackward& call, const RouteOptions& options,
+                                  cudaStream_t stream);
 
 }  // namespace jax_router
 
