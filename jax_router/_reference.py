@@ -25,18 +25,22 @@ def _float32(logits: jax.Array) -> jax.Array:
   return jnp.where(jnp.isnan(x), -_INFINITY, x)
 
 
-def _exp_normalize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Softmax over the last axis and its logsumexp; -inf entries get 0, a row of -inf is all 0."""
+def _exp_normalize(x: jax.Array, total: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """Softmax over the last axis, and the sum of exp(x - max(x)) that it divides by, or `total`.
+
+  Entries of -inf get 0; a row of nothing else is all 0, its sum 1.
+  """
   x = jnp.minimum(x, _LARGEST)
   largest = jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
   largest = jnp.maximum(largest, -_LARGEST)
   present = x > -_INFINITY
   shifted = jnp.where(present, x, largest) - largest
   unnormalized = jnp.where(present, jnp.exp(shifted), np.float32(0))
-  total = jnp.sum(unnormalized, axis=-1, keepdims=True)
+  if total is None:
+    total = jnp.sum(unnormalized, axis=-1, keepdims=True)
   empty = total == 0
   safe_total = jnp.where(empty, np.float32(1), total)
-  return unnormalized / safe_total, jnp.log(safe_total[..., 0]) + largest[..., 0]
+  return unnormalized / safe_total, safe_total[..., 0]
 
 
 def _elementwise_score(x: jax.Array, score: str) -> jax.Array:
@@ -131,7 +135,7 @@ def weigh(
 ) -> Weighing:
   """Scaled weights of `experts` at active slots, 0 elsewhere. Differentiable in `logits`.
 
-  The normalizer is what the backward needs: the logsumexp of the row for a softmax over all
+  The normalizer is what the backward needs: sum(exp(x - max(x))) of the row for a softmax over all
   experts, the divisor of the weights for another score that is renormalized, else 1.
   """
   x = _float32(logits)
@@ -253,11 +257,10 @@ def route_backward(
   mean = jnp.sum(h * p, axis=-1, keepdims=True)
   if options.score == "softmax" and not options.renormalize:
     assert logits is not None
-    x = jnp.minimum(_float32(logits), _LARGEST)
     alive = ~jnp.isnan(normalizer)
-    logsumexp = jnp.where(alive, normalizer, zero)[..., None]
-    y = jnp.where(alive[..., None], jnp.exp(x - logsumexp), zero)
-    gradient = y * (_scatter(h, experts, num_experts) - mean)
+    total = jnp.where(alive, normalizer, np.float32(1))[..., None]
+    y = _exp_normalize(_float32(logits), total)[0]
+    gradient = jnp.where(alive[..., None], y * (_scatter(h, experts, num_experts) - mean), zero)
     return gradient.astype(dtype)
   if options.score == "softmax":
     slot_gradient = p * (h - mean)

@@ -167,6 +167,11 @@ JAX_ROUTER_FN float exp_nonpositive(float x) {
   return x >= -87.0f ? multiply(p, power) : 0.0f;
 }
 
+// exp(x - largest), +inf counting as the largest float.
+JAX_ROUTER_FN float softmax_term(float x, float largest) {
+  return exp_nonpositive(add(x < kLargest ? x : kLargest, -largest));
+}
+
 // log(1 + u) for 0 <= u <= 1, as 2 atanh(s) with s = u / (2 + u).
 JAX_ROUTER_FN float log1p_unit(float u) {
   const float s = divide(u, add(2.0f, u));

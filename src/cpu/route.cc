@@ -16,10 +16,10 @@ namespace {
 struct Row {
   int64_t padded;
   int64_t padded_k;
-  int32_t* keys;    // selection keys, padded with kNoKey
-  float* logits;    // where scores are needed: float32, NaN has become -inf, padded with -inf
-  float* scores;    // where they are needed
-  float logsumexp;  // of the row, where it has softmax scores
+  int32_t* keys;  // selection keys, padded with kNoKey
+  float* logits;  // where scores are needed: float32, NaN has become -inf, padded with -inf
+  float* scores;  // where they are needed
+  float total;    // of the softmax terms, where the row has softmax scores
   float* group_scores;
   bool* group_kept;
   float* slot;           // logits of the chosen, then their weights
@@ -81,7 +81,7 @@ void load_row(const RouteForward& call, const RouteOptions& options, const T* __
   for (int64_t e = 0; e < row.padded; ++e) {
     row.logits[e] = float_from_key(keys[e] < kLowestKey ? kLowestKey : keys[e]);
   }
-  row.logsumexp = score_row(row.logits, row.padded, options.score, row.scores);
+  row.total = score_row(row.logits, row.padded, options.score, row.scores);
 }
 
 // ---- groups ----
@@ -225,7 +225,7 @@ float weigh(const RouteOptions& options, const T* logits, Row& row) {
     for (int64_t i = 0; i < k; ++i) {
       row.slot[i] = row.slot_active[i] ? row.scores[row.slot_expert[i]] : 0.0f;
     }
-    return row.logsumexp;
+    return row.total;
   }
   for (int64_t i = 0; i < k; ++i) {
     const float x = row.slot_active[i] ? bits_float(load_bits(logits, row.slot_expert[i])) : 0.0f;

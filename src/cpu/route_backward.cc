@@ -21,6 +21,7 @@ namespace {
 
 struct Slots {
   float* sums;      // [experts], zero between rows
+  float* logits;    // padded row
   float* value;     // [k]
   int32_t* expert;  // [k], the experts of slots with a gradient, in slot order
   float* p;         // [k]
@@ -30,6 +31,7 @@ struct Slots {
 Slots take_slots(Arena& arena, int64_t experts, int64_t k) {
   Slots slots;
   slots.sums = arena.take<float>(experts);
+  slots.logits = arena.take<float>(round_up(experts, kRowMultiple));
   slots.value = arena.take<float>(k);
   slots.expert = arena.take<int32_t>(k);
   slots.p = arena.take<float>(k);
@@ -89,17 +91,19 @@ void write_sparse(const Slots& slots, int64_t experts, T* gradient) {
   }
 }
 
+// The forward's softmax again: the largest logit is exact, the sum of the terms was saved.
 template <typename T>
-void write_dense(const Slots& slots, float mean, float logsumexp, int64_t experts,
-                 const T* __restrict logits, T* __restrict gradient) {
+void write_dense(Slots& slots, float mean, float total, int64_t experts, const T* __restrict logits,
+                 T* __restrict gradient) {
   for (int64_t i = 0; i < slots.count; ++i) slots.sums[slots.expert[i]] += slots.value[i];
+  const int64_t padded = round_up(experts, kRowMultiple);
+  float* __restrict x = slots.logits;
+  for (int64_t e = 0; e < experts; ++e) x[e] = float_from_key(key_from_bits(load_bits(logits, e)));
+  for (int64_t e = experts; e < padded; ++e) x[e] = -kInfinity;
+  const float largest = largest_of(x, padded);
   const float* __restrict sums = slots.sums;
   for (int64_t e = 0; e < experts; ++e) {
-    const float x = float_from_key(key_from_bits(load_bits(logits, e)));
-    const float bounded = x < kLargest ? x : kLargest;
-    const float shifted = bounded - logsumexp;
-    const float y = exp_nonpositive(shifted < 0.0f ? shifted : 0.0f);
-    store_value(gradient, e, y * (sums[e] - mean));
+    store_value(gradient, e, softmax_term(x[e], largest) / total * (sums[e] - mean));
   }
 }
 

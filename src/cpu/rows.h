@@ -8,7 +8,6 @@
 #ifndef JAX_ROUTER_CPU_ROWS_H_
 #define JAX_ROUTER_CPU_ROWS_H_
 
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -97,16 +96,8 @@ inline void with_index(int index_bytes, Body body) {
 
 // ---- scores ----
 
-struct Softmax {
-  float largest;
-  float total;
-  float logsumexp() const { return largest + std::log(total); }
-};
-
-// Softmax terms of a padded row. The order of additions is part of the definition, since keys can
-// depend on it: 128 partial sums, element i to sum i mod 128, then pairwise at distance 64, 32
-// ... 1.
-inline Softmax softmax_terms(const float* __restrict x, int64_t padded, float* __restrict terms) {
+// The largest of a padded row, at most the largest float and no -inf.
+inline float largest_of(const float* x, int64_t padded) {
   alignas(64) float maxima[32];
   for (int j = 0; j < 32; ++j) maxima[j] = -kLargest;
   for (int64_t i = 0; i < padded; i += 32) {
@@ -114,12 +105,18 @@ inline Softmax softmax_terms(const float* __restrict x, int64_t padded, float* _
   }
   float largest = maxima[0];
   for (int j = 1; j < 32; ++j) largest = maxima[j] > largest ? maxima[j] : largest;
-  largest = largest < kLargest ? largest : kLargest;
+  return largest < kLargest ? largest : kLargest;
+}
+
+// Softmax terms of a padded row. The order of additions is part of the definition, since keys can
+// depend on it: 128 partial sums, element i to sum i mod 128, then pairwise at distance 64, 32
+// ... 1.
+inline float softmax_terms(const float* __restrict x, int64_t padded, float* __restrict terms) {
+  const float largest = largest_of(x, padded);
   alignas(64) float sums[kRowMultiple] = {};
   for (int64_t i = 0; i < padded; i += kRowMultiple) {
     for (int64_t j = 0; j < kRowMultiple; ++j) {
-      const float bounded = x[i + j] < kLargest ? x[i + j] : kLargest;
-      const float term = exp_nonpositive(bounded - largest);
+      const float term = softmax_term(x[i + j], largest);
       terms[i + j] = term;
       sums[j] += term;
     }
@@ -127,7 +124,7 @@ inline Softmax softmax_terms(const float* __restrict x, int64_t padded, float* _
   for (int64_t distance = kRowMultiple / 2; distance > 0; distance /= 2) {
     for (int64_t j = 0; j < distance; ++j) sums[j] += sums[j + distance];
   }
-  return {largest, sums[0] > 0.0f ? sums[0] : 1.0f};
+  return sums[0] > 0.0f ? sums[0] : 1.0f;
 }
 
 // Sum of few values, padded to a multiple of 8 with zeros. Each of 8 partial sums carries its
@@ -152,26 +149,26 @@ inline void elementwise_scores(const float* x, int64_t padded, float* y) {
   for (int64_t i = 0; i < padded; ++i) y[i] = elementwise_score(x[i], kScore);
 }
 
-// Scores of a padded row (`x` and `y` may be the same but for softmax); returns its logsumexp for
-// softmax, else 0.
+// Scores of a padded row (`x` and `y` may be the same but for softmax); returns the sum of
+// the softmax terms, else 1.
 inline float score_row(const float* x, int64_t padded, Score score, float* y) {
   switch (score) {
     case Score::kSoftmax: {
-      const Softmax softmax = softmax_terms(x, padded, y);
-      for (int64_t i = 0; i < padded; ++i) y[i] /= softmax.total;
-      return softmax.logsumexp();
+      const float total = softmax_terms(x, padded, y);
+      for (int64_t i = 0; i < padded; ++i) y[i] /= total;
+      return total;
     }
     case Score::kSigmoid:
       elementwise_scores<Score::kSigmoid>(x, padded, y);
-      return 0.0f;
+      return 1.0f;
     case Score::kSqrtSoftplus:
       elementwise_scores<Score::kSqrtSoftplus>(x, padded, y);
-      return 0.0f;
+      return 1.0f;
     case Score::kNone:
       elementwise_scores<Score::kNone>(x, padded, y);
-      return 0.0f;
+      return 1.0f;
   }
-  return 0.0f;
+  return 1.0f;
 }
 
 }  // namespace

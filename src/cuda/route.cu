@@ -71,7 +71,7 @@ __device__ __forceinline__ Softmax softmax_of(const Row& row, int padded) {
     const int32_t each[4] = {keys.x, keys.y, keys.z, keys.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      sums[j] = add(sums[j], exp_nonpositive(add(bounded(logit_of(each[j])), -largest)));
+      sums[j] = add(sums[j], softmax_term(logit_of(each[j]), largest));
     }
   }
 #pragma unroll
@@ -83,7 +83,7 @@ __device__ __forceinline__ Softmax softmax_of(const Row& row, int padded) {
 // Score of one logit; the row's softmax terms must be there for softmax.
 __device__ __forceinline__ float score_of(float x, Score score, const Softmax& softmax) {
   if (score != Score::kSoftmax) return elementwise_score(x, score);
-  return divide(exp_nonpositive(add(bounded(x), -softmax.largest)), softmax.total);
+  return divide(softmax_term(x, softmax.largest), softmax.total);
 }
 
 // ---- keys ----
@@ -209,7 +209,7 @@ __device__ __forceinline__ float unnormalized(const Slot& slot, const RouteOptio
                                               float largest) {
   if (!slot.active) return 0.0f;
   if (options.score != Score::kSoftmax) return elementwise_score(slot.logit, options.score);
-  return exp_nonpositive(bounded(slot.logit) - largest);
+  return softmax_term(slot.logit, largest);
 }
 
 // Writes the weights, experts and normalizer of a token.
@@ -238,7 +238,7 @@ __device__ __forceinline__ void write_token(const RouteForward& call, const Rout
   if (options.dense_gradient()) {
     largest = row.softmax.largest;
     divisor = row.softmax.total;
-    normalizer = largest + logf(divisor);
+    normalizer = divisor;
   } else if (options.renormalize) {
     CompensatedSum sum;
     for (int i = row.lane; i < k; i += kWarpSize) sum.add(unnormalized(slot(i), options, largest));

@@ -61,13 +61,18 @@ __device__ void write_row(const float* row, int experts, T* gradient, int lane) 
   for (int e = lane; e < experts; e += kWarpSize) store_value(gradient + e, row[e]);
 }
 
+// The forward's softmax again: the largest logit is exact, the sum of the terms was saved.
 template <typename T>
-__device__ void write_dense(const float* row, const T* logits, float mean, float logsumexp,
-                            int experts, T* gradient, int lane) {
+__device__ void write_dense(const float* row, const T* logits, float mean, float total, int experts,
+                            T* gradient, int lane) {
+  float largest = -kLargest;
+  for (int e = lane; e < experts; e += kWarpSize) {
+    largest = fmaxf(largest, float_from_key(key_from_bits(load_bits(logits + e))));
+  }
+  largest = fminf(warp_max(largest), kLargest);
   for (int e = lane; e < experts; e += kWarpSize) {
     const float x = float_from_key(key_from_bits(load_bits(logits + e)));
-    const float shifted = fminf((x < kLargest ? x : kLargest) - logsumexp, 0.0f);
-    store_value(gradient + e, exp_nonpositive(shifted) * (row[e] - mean));
+    store_value(gradient + e, softmax_term(x, largest) / total * (row[e] - mean));
   }
 }
 
