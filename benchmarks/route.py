@@ -15,9 +15,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import timing
 
 import jax_router
+import timing
 
 SHAPES = ((4096, 64, 2), (4096, 128, 8), (4096, 256, 8), (4096, 512, 22), (2048, 2304, 36))
 OPTIONS = {

@@ -83,7 +83,9 @@ def _group_mask(keys: jax.Array, groups: Groups, count: int) -> tuple[jax.Array,
   else:
     group_scores = _largest_sum(grouped, count)
   best, kept = jax.lax.top_k(group_scores, groups.keep)
-  mask = (kept[..., :, None] == jnp.arange(groups.count, dtype=kept.dtype)).any(axis=-2)
+  each = jnp.arange(groups.count, dtype=kept.dtype)
+  each = jnp.expand_dims(each, tuple(range(kept.ndim)))
+  mask = (kept[..., :, None] == each).any(axis=-2)
   return jnp.repeat(mask, size, axis=-1), best[..., -1] > -_INFINITY
 
 
@@ -151,7 +153,9 @@ def weigh(
     w = jnp.where(active, _elementwise_score(chosen, options.score), np.float32(0))
     if options.renormalize:
       normalizer = jnp.sum(w, axis=-1) + EPSILON
-      w = w / normalizer[..., None]
+      # Scaled up where it is tiny: the derivative of the quotient squares the divisor.
+      up = jnp.where(jnp.abs(normalizer) < 1e-10, 1 / EPSILON, np.float32(1))[..., None]
+      w = (w * up) / (normalizer[..., None] * up)
   weights = jnp.where(active, w * np.float32(options.scale), np.float32(0))
   return Weighing(weights, normalizer)
 

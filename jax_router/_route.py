@@ -173,7 +173,11 @@ def _fold_tokens(logits, bias, where, experts) -> _Operands:
     where = where.reshape(*batch, tokens)
   if experts is not None:
     experts = experts.reshape(*batch, tokens, experts.shape[-1])
-  return _Operands(logits, bias, where, experts)
+  # Joined here and not only at the primitive: the cast of replicated logits must lie outside the
+  # custom_vjp, so that its transpose sums their gradient.
+  operands = (logits, bias, where, experts)
+  joined = iter(_compat.join_varying_axes([x for x in operands if x is not None]))
+  return _Operands(next(joined), *(None if x is None else next(joined) for x in operands[1:]))
 
 
 # ---- the primitives ----

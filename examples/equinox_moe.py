@@ -1,0 +1,116 @@
+"""A Mixture-of-Experts layer in Equinox, trained on a task that needs experts.
+
+  python examples/equinox_moe.py
+
+takes seconds on a CPU. Tokens are of several kinds, and each kind has a linear map of its own that
+the layer must learn; to learn it, the layer must send different kinds to different experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+
+import jax_router
+
+WIDTH, HIDDEN, EXPERTS, K = 16, 32, 8, 2
+TOKENS = 256
+BALANCE_COEFFICIENT = 0.01
+
+
+class MoE(eqx.Module):
+  """A layer of experts, written for one token: `jax.vmap` it over the others.
+
+  Under `jax.vmap`, `jax_router.route` is still a single call that routes all tokens.
+  """
+
+  router: eqx.nn.Linear
+  experts: eqx.nn.MLP  # All experts in one: each of its arrays has a leading axis of experts.
+  k: int = eqx.field(static=True)
+
+  def __init__(self, width: int, hidden: int, experts: int, k: int, key: jax.Array):
+    router_key, experts_key = jax.random.split(key)
+
+    def make_expert(key):
+      return eqx.nn.MLP(width, width, hidden, depth=1, key=key)
+
+    self.router = eqx.nn.Linear(width, experts, use_bias=False, key=router_key)
+    self.experts = eqx.filter_vmap(make_expert)(jax.random.split(experts_key, experts))
+    self.k = k
+
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Output `[D]` of a token `[D]`, its logits `[E]`, and its experts `[k]`."""
+    logits = self.router(x)
+    weights, experts = jax_router.route(logits, self.k)
+    arrays, static = eqx.partition(self.experts, eqx.is_array)
+    # A copy of the chosen experts for every token: simple, and good for small layers only.
+    chosen = eqx.combine(jax.tree.map(lambda array: array[experts], arrays), static)
+    outputs = eqx.filter_vmap(lambda expert: expert(x))(chosen)
+    return weights @ outputs, logits, experts
+
+
+def balance_loss(logits: jax.Array, experts: jax.Array) -> jax.Array:
+  """Load-balance loss of the Switch Transformer; 1 when all experts get as many tokens."""
+  (tokens, num_experts), k = logits.shape, experts.shape[1]
+  load = jnp.bincount(experts.reshape(-1), length=num_experts).astype(logits.dtype)
+  probabilities = jax.nn.softmax(logits).sum(axis=0)
+  return num_experts / (k * tokens**2) * jnp.vdot(load, probabilities)
+
+
+def make_batch(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Tokens `[N, D]`, each near the center of its kind, and their products with its matrix."""
+  centers_key, matrices_key = jax.random.split(jax.random.key(0))
+  centers = 2 * jax.random.normal(centers_key, (EXPERTS, WIDTH))
+  matrices = jax.random.normal(matrices_key, (EXPERTS, WIDTH, WIDTH)) / WIDTH**0.5
+  kind_key, noise_key = jax.random.split(key)
+  kind = jax.random.randint(kind_key, (TOKENS,), 0, EXPERTS)
+  x = centers[kind] + jax.random.normal(noise_key, (TOKENS, WIDTH))
+  return x, jnp.einsum("nd,nde->ne", x, matrices[kind])
+
+
+@eqx.filter_jit
+def train_step(model, state, optimizer, key):
+  """Updates the model and the optimizer's state on a new batch; returns the error before."""
+  x, target = make_batch(key)
+
+  @eqx.filter_value_and_grad(has_aux=True)
+  def objective(model):
+    y, logits, experts = jax.vmap(model)(x)
+    error = jnp.mean((y - target) ** 2)
+    return error + BALANCE_COEFFICIENT * balance_loss(logits, experts), error
+
+  (_, error), gradient = objective(model)
+  updates, state = optimizer.update(gradient, state)
+  return eqx.apply_updates(model, updates), state, error
+
+
+def train(steps: int) -> list[float]:
+  """The mean squared error of every step."""
+  model = MoE(WIDTH, HIDDEN, EXPERTS, K, jax.random.key(1))
+  optimizer = optax.adam(1e-2)
+  state = optimizer.init(eqx.filter(model, eqx.is_array))
+  errors = []
+  for key in jax.random.split(jax.random.key(2), steps):
+    model, state, error = train_step(model, state, optimizer, key)
+    errors.append(float(error))
+  return errors
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Trains, and prints the first and the last loss."""
+  parser = argparse.ArgumentParser(description="Trains an MoE layer in Equinox.")
+  parser.add_argument("--steps", type=int, default=300, help="default 300")
+  steps = parser.parse_args(arguments).steps
+  if steps < 1:
+    parser.error(f"--steps must be at least 1, got {steps}")
+  errors = train(steps)
+  print(f"loss: {errors[0]:.3f} in step 1, {errors[-1]:.3f} in step {steps}")
+
+
+if __name__ == "__main__":
+  main()
