@@ -20,16 +20,16 @@ CHECKPOINT_NAME = "jax_router"
 
 
 def route(
-  logits: jax.Array,
+  logits: jax.Array | np.ndarray,
   k: int,
   *,
   score: str = "softmax",
   renormalize: bool = True,
   scale: float = 1.0,
-  bias: jax.Array | None = None,
+  bias: jax.Array | np.ndarray | None = None,
   groups: Groups | None = None,
-  where: jax.Array | None = None,
-  experts: jax.Array | None = None,
+  where: jax.Array | np.ndarray | None = None,
+  experts: jax.Array | np.ndarray | None = None,
   index_dtype: Any = jnp.int32,
   weight_dtype: Any = None,
   implementation: str | None = None,
