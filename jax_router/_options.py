@@ -110,8 +110,8 @@ def check_scale(scale: Any) -> float:
   """`scale` as a Python float that float32 can hold, and its inverse too unless it is 0."""
   if isinstance(scale, bool) or not isinstance(scale, (int, float, np.integer, np.floating)):
     raise TypeError(f"scale must be a static Python number, got {type(scale).__name__}")
-  limits = np.finfo(np.float32)
-  if not (math.isfinite(scale) and (scale == 0 or limits.tiny <= abs(scale) <= limits.max)):
+  smallest, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+  if not (math.isfinite(scale) and (scale == 0 or smallest <= abs(scale) <= largest)):
     raise ValueError(f"scale must be 0 or a finite normal float32, got {scale}")
   return float(np.float32(scale))
 

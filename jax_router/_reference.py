@@ -153,9 +153,11 @@ def weigh(
     w = jnp.where(active, _elementwise_score(chosen, options.score), np.float32(0))
     if options.renormalize:
       normalizer = jnp.sum(w, axis=-1) + EPSILON
-      # Scaled up where it is tiny: the derivative of the quotient squares the divisor.
-      up = jnp.where(jnp.abs(normalizer) < 1e-10, 1 / EPSILON, np.float32(1))[..., None]
-      w = (w * up) / (normalizer[..., None] * up)
+      # Tiny and huge divisors are scaled towards 1: the derivative of the quotient squares them, and
+      # XLA may multiply by their inverse.
+      size = jnp.abs(normalizer)
+      factor = jnp.where(size < 1e-10, 1 / EPSILON, jnp.where(size > 1e30, EPSILON, np.float32(1)))
+      w = (w * factor[..., None]) / (normalizer * factor)[..., None]
   weights = jnp.where(active, w * np.float32(options.scale), np.float32(0))
   return Weighing(weights, normalizer)
 

@@ -1,0 +1,120 @@
+"""Settings and fixtures of all tests."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+# Read when JAX starts its CPU backend, so before the import; a GPU backend is not affected.
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+import jax
+import numpy as np
+import pytest
+
+import jax_router
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def cuda_device():
+  """The first CUDA device, None where JAX has none."""
+  try:
+    return jax.devices("cuda")[0]
+  except RuntimeError:
+    return None
+
+
+KERNELS = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def _on_its_device(implementation: str, cuda_device):
+  if implementation == "cuda" and cuda_device is None:
+    pytest.skip("JAX sees no CUDA device")
+  device = cuda_device if implementation == "cuda" else jax.devices("cpu")[0]
+  with jax.default_device(device):
+    yield implementation
+
+
+@pytest.fixture(params=["reference", *KERNELS])
+def implementation(request, cuda_device):
+  """Every implementation in turn, with its device as the default one."""
+  yield from _on_its_device(request.param, cuda_device)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request, cuda_device):
+  """Every implementation but the reference, for larger grids and comparisons with the reference."""
+  yield from _on_its_device(request.param, cuda_device)
+
+
+@functools.cache
+def _compiled(differentiate: bool, k: int, static: tuple):
+  def weights_and_experts(logits, operands):
+    result = jax_router.route(logits, k, **operands, **dict(static))
+    return result.weights, result
+
+  def forward(logits, operands):
+    return weights_and_experts(logits, operands)[1]
+
+  def forward_and_gradient(logits, cotangent, operands):
+    _, vjp, result = jax.vjp(lambda x: weights_and_experts(x, operands), logits, has_aux=True)
+    return result, vjp(cotangent)[0]
+
+  return jax.jit(forward_and_gradient if differentiate else forward)
+
+
+def _split(options: dict) -> tuple[tuple, dict]:
+  names = [name for name in ("bias", "where", "experts") if options.get(name) is not None]
+  static = {name: v for name, v in options.items() if name not in ("bias", "where", "experts")}
+  return tuple(sorted(static.items())), {name: options[name] for name in names}
+
+
+def _router(implementation: str):
+  def call(logits, k, **options):
+    static, operands = _split(options | {"implementation": implementation})
+    return _compiled(False, k, static)(logits, operands)
+
+  return call
+
+
+def _differentiator(implementation: str):
+  def call(logits, k, cotangent, **options):
+    static, operands = _split(options | {"implementation": implementation})
+    return _compiled(True, k, static)(logits, cotangent, operands)
+
+  return call
+
+
+@pytest.fixture
+def route(implementation):
+  """`jax_router.route` under jit, compiled once for each set of static options."""
+  return _router(implementation)
+
+
+@pytest.fixture
+def kernel_route(kernel):
+  """`route` of the kernels only."""
+  return _router(kernel)
+
+
+@pytest.fixture
+def route_and_gradient(implementation):
+  """`(logits, k, cotangent, **options) -> (Routing, gradient of the logits)`, under jit."""
+  return _differentiator(implementation)
+
+
+@pytest.fixture
+def kernel_route_and_gradient(kernel):
+  """`route_and_gradient` of the kernels only."""
+  return _differentiator(kernel)
+
+
+@pytest.fixture
+def rng():
+  """Random numbers, the same in every run."""
+  return np.random.default_rng(2024)

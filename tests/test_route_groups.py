@@ -1,0 +1,119 @@
+"""Group-limited routing: values of `route(groups=...)`."""
+
+from __future__ import annotations
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import oracle
+import shapes
+from jax_router import Groups
+
+# experts, count, keep, k: group sizes 1, 2, 3, 32 and others; all groups kept; every expert of the
+# kept groups chosen; more than two experts from each group.
+LAYOUTS = (
+  (8, 8, 3, 3),
+  (16, 8, 4, 5),
+  (16, 8, 4, 8),
+  (33, 11, 4, 4),
+  (33, 11, 5, 15),
+  (64, 2, 1, 20),
+  (128, 4, 4, 8),
+  (130, 13, 3, 30),
+  (256, 8, 4, 8),
+  (7, 1, 1, 7),
+)
+
+
+@pytest.mark.parametrize("group_score", ("top2", "max", "sum"))
+@pytest.mark.parametrize("experts, count, keep, k", LAYOUTS)
+def test_layouts(route, rng, experts, count, keep, k, group_score):
+  case = 3 * LAYOUTS.index((experts, count, keep, k)) + len(group_score)
+  score, renormalize = oracle.VARIANTS[case % len(oracle.VARIANTS)]
+  bias = rng.normal(size=experts).astype(np.float32) if case % 3 else None
+  groups = Groups(count, keep, group_score)
+  options = {"score": score, "renormalize": renormalize, "groups": groups, "bias": bias}
+  logits = shapes.make_logits("random", 40, experts, ml_dtypes.bfloat16)
+  oracle.check_route(route(logits, k, **options), logits, k, **options)
+
+
+@pytest.mark.parametrize("score, renormalize", oracle.VARIANTS)
+@pytest.mark.parametrize("group_score", ("top2", "max", "sum"))
+def test_layouts_for_every_variant(kernel_route, rng, group_score, score, renormalize):
+  for i, (experts, count, keep, k) in enumerate(LAYOUTS):
+    bias = rng.normal(size=experts).astype(np.float32) if (i + renormalize) % 2 else None
+    groups = Groups(count, keep, group_score)
+    options = {"score": score, "renormalize": renormalize, "groups": groups, "bias": bias}
+    logits = shapes.make_logits("random", 20, experts)
+    oracle.check_route(kernel_route(logits, k, **options), logits, k, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("score", oracle.SCORES)
+@pytest.mark.parametrize("group_score", ("top2", "max", "sum"))
+def test_layouts_for_every_variant_and_kind(route, rng, group_score, score):
+  kinds = [*shapes.FINITE_KINDS, "nan", "minus_inf", "dead"]
+  for (experts, count, keep, k), kind in itertools.product(LAYOUTS, kinds):
+    biases = (None, rng.normal(size=experts).astype(np.float32))
+    for renormalize, bias in itertools.product((True, False), biases):
+      groups = Groups(count, keep, group_score)
+      options = {"score": score, "renormalize": renormalize, "groups": groups, "bias": bias}
+      logits = shapes.make_logits(kind, 20, experts)
+      oracle.check_route(route(logits, k, **options), logits, k, **options)
+
+
+@pytest.mark.parametrize("score, renormalize", (*oracle.VARIANTS[::3], ("softmax", False)))
+@pytest.mark.parametrize("group_score", ("top2", "max", "sum"))
+def test_ties_nan_and_dead_groups(route, group_score, score, renormalize):
+  groups = Groups(6, 3, group_score)
+  options = {"score": score, "renormalize": renormalize, "groups": groups}
+  for kind in ("tied", "equal", "zeros", "nan", "minus_inf", "dead"):
+    logits = shapes.make_logits(kind, 60, 24)
+    want = oracle.check_route(route(logits, 7, **options), logits, 7, **options)
+    # Sums of scores of different experts can be equal but for their rounding.
+    assert want.clear.all() or group_score != "max"
+    assert want.degenerate.any() if kind == "dead" else not want.degenerate.all()
+
+
+def test_permutations_are_exact(route, rng):
+  """Logits without ties, in a grid of real group layouts."""
+  for experts, count, keep, k in ((256, 8, 4, 8), (128, 4, 2, 4), (512, 16, 8, 16), (384, 1, 1, 8)):
+    logits = rng.permuted(np.tile(np.arange(experts), (64, 1)), axis=1).astype(np.float32) / 64
+    for group_score in ("top2", "max", "sum"):
+      options = {"score": "none", "groups": Groups(count, keep, group_score), "scale": 2.5}
+      want = oracle.check_route(route(logits, k, **options), logits, k, **options)
+      assert want.clear.all()
+
+
+def test_one_group_is_no_limit(route, rng):
+  logits = shapes.make_logits("quantized", 50, 48)
+  bias = rng.normal(size=48).astype(np.float32)
+  for options in ({}, {"score": "sigmoid", "bias": bias}, {"renormalize": False}):
+    free = route(logits, 9, **options)
+    for groups in (Groups(1, 1, "max"), Groups(1, 1), Groups(6, 6, "max")):
+      limited = route(logits, 9, groups=groups, **options)
+      np.testing.assert_array_equal(limited.experts, free.experts)
+      np.testing.assert_array_equal(limited.weights, free.weights)
+
+
+def test_groups_of_one_expert_score_minus_inf_for_top2(route):
+  logits = shapes.make_logits("random", 10, 12)
+  got = route(logits, 4, groups=Groups(12, 6))
+  assert (np.asarray(got.experts) == np.arange(4)).all()
+  assert (np.asarray(got.weights) == 0.25).all()
+  limited = route(logits, 4, groups=Groups(12, 6, "max"))
+  np.testing.assert_array_equal(limited.experts, route(logits, 4).experts)
+
+
+def test_short_groups_are_filled_with_the_lowest_experts_left(route):
+  """Kept groups hold two numbers each, so four slots hold experts of any group at weight 0."""
+  logits = np.full((2, 16), -np.inf, np.float32)
+  logits[0, [4, 6, 12, 15]] = (1, 2, 4, 3)
+  logits[1, [0, 1, 14, 15]] = (1, 2, 4, 3)
+  got = route(logits, 8, groups=Groups(4, 2))
+  assert got.experts.tolist() == [[12, 15, 6, 4, 0, 1, 2, 3], [14, 15, 1, 0, 2, 3, 4, 5]]
+  assert (np.asarray(got.weights)[:, 4:] == 0).all()
+  np.testing.assert_allclose(np.asarray(got.weights)[:, :4].sum(-1), 1, rtol=1e-6)
