@@ -153,8 +153,8 @@ def weigh(
     w = jnp.where(active, _elementwise_score(chosen, options.score), np.float32(0))
     if options.renormalize:
       normalizer = jnp.sum(w, axis=-1) + EPSILON
-      # Tiny and huge divisors are scaled towards 1: the derivative of the quotient squares them, and
-      # XLA may multiply by their inverse.
+      # Tiny and huge divisors are scaled towards 1: the derivative of the quotient squares them,
+      # and XLA may multiply by their inverse.
       size = jnp.abs(normalizer)
       factor = jnp.where(size < 1e-10, 1 / EPSILON, jnp.where(size > 1e30, EPSILON, np.float32(1)))
       w = (w * factor[..., None]) / (normalizer * factor)[..., None]
