@@ -186,7 +186,7 @@ def _select(logits, k, score, renormalize, bias, groups):
   active = np.take_along_axis(keys, experts, -1) > -np.inf
   degenerate = ~enough | ~active[:, 0]
   experts = np.where(degenerate[:, None], np.arange(k), experts)
-  return experts, active & ~degenerate[:, None], degenerate, clear
+  return experts, active & ~degenerate[:, None], degenerate, clear | ~enough
 
 
 # ---- weights ----

@@ -87,7 +87,7 @@ def make_logits(
   elif kind == "quantized":
     x = x.astype(ml_dtypes.bfloat16)
   elif kind == "zeros":
-    x = rng.choice(np.array([0.0, -0.0, 0.0, -0.0, 1.0, -1.0]), size=x.shape)
+    x = rng.choice(np.array([0.0, -0.0, 0.0, -0.0, 1.0, -2.0]), size=x.shape)
   elif kind == "extreme":
     small, large = (6e-8, 6e4) if dtype == np.float16 else (1e-40, 1e30)
     x = np.abs(rng.choice(np.array([small, large, 0.0, 80.0, 0.5, large / 2]), size=x.shape))
