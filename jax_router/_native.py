@@ -39,8 +39,18 @@ def check_version(name: str, compiled: tuple[int, int], runtime: tuple[int, int]
     )
 
 
+def _import(name: str) -> ModuleType:
+  try:
+    return importlib.import_module(name)
+  except ModuleNotFoundError as error:
+    raise ImportError(
+      f"{name} is not built. If this is the source tree, install it with `pip install .` and run "
+      "Python from another folder, or install it with `pip install -e .`"
+    ) from error
+
+
 def _load(platform: str, runtime: tuple[int, int]) -> tuple[str, ...]:
-  module: ModuleType = importlib.import_module(_MODULES[platform])
+  module = _import(_MODULES[platform])
   check_version(module.__name__, module.ffi_api_version(), runtime)
   handlers = module.handlers()
   for word, capsule in handlers.items():

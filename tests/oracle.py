@@ -130,10 +130,11 @@ def _separate(high, low, error, same) -> bool:
 
 
 def _exact_in_float32(terms) -> np.ndarray:
-  """Whether float32 adds up the last axis without rounding."""
+  """Whether float32 adds up the last axis without rounding and without flushing a denormal."""
   with np.errstate(invalid="ignore"):
     sums = np.cumsum(terms, axis=-1)
-  return ((sums == sums.astype(np.float32)) | np.isinf(sums) | np.isnan(sums)).all(-1)
+  tiny = (sums != 0) & (np.abs(sums) < DENORMAL) & (terms.shape[-1] > 1)
+  return ((sums == sums.astype(np.float32)) & ~tiny | ~np.isfinite(sums)).all(-1)
 
 
 def _kept_groups(keys, errors, groups, terms):
@@ -146,17 +147,18 @@ def _kept_groups(keys, errors, groups, terms):
     total = np.cumsum(best, -1)[:, -1] if terms <= size else np.full(groups.count, -np.inf)
   total = np.where(np.isnan(total), -np.inf, total)
   ranked = descending(total)
-  last = ranked[groups.keep - 1]
-  clear = True
-  if groups.keep < groups.count:
-    first_out = ranked[groups.keep]
-    exact = (errors == 0).all(-1) & _exact_in_float32(best)
-    finite = np.where(np.isfinite(best), np.abs(best), 0).sum(-1)
-    error = np.where(exact, 0, terms * (errors.max(-1) + ROUNDING * finite))
-    same = (exact[last] and exact[first_out]) or np.array_equal(best[last], best[first_out])
-    clear = _separate(total[last], total[first_out], error[last] + error[first_out], same)
-  mask = np.isin(np.arange(len(keys)) // size, ranked[: groups.keep])
-  return mask, total[last] > -np.inf, clear
+  kept, left = ranked[: groups.keep], ranked[groups.keep :]
+  exact = (errors == 0).all(-1) & _exact_in_float32(best)
+  finite = np.where(np.isfinite(best), np.abs(best), 0).sum(-1)
+  error = np.where(exact, 0, terms * (errors.max(-1) + ROUNDING * finite) + DENORMAL)
+
+  def separate(i, j):
+    same = (exact[i] and exact[j]) or np.array_equal(best[i], best[j])
+    return _separate(total[i], total[j], error[i] + error[j], same)
+
+  clear = all(separate(i, j) for i in kept for j in left)
+  mask = np.isin(np.arange(len(keys)) // size, kept)
+  return mask, total[kept[-1]] > -np.inf, clear
 
 
 def _select(logits, k, score, renormalize, bias, groups):
@@ -179,9 +181,11 @@ def _select(logits, k, score, renormalize, bias, groups):
   if bias is not None:
     x, b = widen(logits), np.asarray(bias).astype(np.float32)
     for t in range(tokens):
-      for i, j in zip(ranked[t, :k], ranked[t, 1 : k + 1], strict=False):
+      for slot, (i, j) in enumerate(itertools.pairwise(ranked[t])):
         same = x[t, i] == x[t, j] and b[i] == b[j]
         clear[t] &= _separate(keys[t, i], keys[t, j], errors[t, i] + errors[t, j], same)
+        if slot >= k - 1 and not same:  # Keys like the last one chosen are behind us.
+          break
   experts = ranked[:, :k]
   active = np.take_along_axis(keys, experts, -1) > -np.inf
   degenerate = ~enough | ~active[:, 0]
@@ -208,7 +212,8 @@ def weigh(x: np.ndarray, experts, active, score: str, renormalize: bool) -> Weig
   divisor = y.sum(-1, keepdims=True) + EPSILON
   error = (RELATIVE * np.abs(y) + lost).sum(-1, keepdims=True) / np.abs(divisor)
   p = y / divisor
-  return Weighed(p, divisor, error * np.abs(p) + lost / np.abs(divisor) + DENORMAL, error)
+  tolerance = np.maximum(error, RELATIVE) * np.abs(p) + lost / np.abs(divisor) + DENORMAL
+  return Weighed(p, divisor, tolerance, error)
 
 
 def _exponent_error(p: np.ndarray) -> np.ndarray:

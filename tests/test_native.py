@@ -76,7 +76,10 @@ def test_newer_module_registers_nothing_and_jax_still_works():
     print("still works")
   """
   result = subprocess.run(
-    [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120
+    [sys.executable, "-P", "-c", textwrap.dedent(script)],
+    capture_output=True,
+    text=True,
+    timeout=120,
   )
   assert result.returncode == 0, result.stderr
   assert "still works" in result.stdout

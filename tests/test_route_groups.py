@@ -55,8 +55,9 @@ def test_layouts_for_every_variant(kernel_route, rng, group_score, score, renorm
 @pytest.mark.parametrize("score", oracle.SCORES)
 @pytest.mark.parametrize("group_score", ("top2", "max", "sum"))
 def test_layouts_for_every_variant_and_kind(route, rng, group_score, score):
-  kinds = [*shapes.FINITE_KINDS, "nan", "minus_inf", "dead"]
-  for (experts, count, keep, k), kind in itertools.product(LAYOUTS, kinds):
+  # Beside the largest magnitudes a bias or a second term of a sum vanishes in rounding.
+  kinds = {*shapes.FINITE_KINDS, "nan", "minus_inf", "dead"} - {"extreme"}
+  for (experts, count, keep, k), kind in itertools.product(LAYOUTS, sorted(kinds)):
     biases = (None, rng.normal(size=experts).astype(np.float32))
     for renormalize, bias in itertools.product((True, False), biases):
       groups = Groups(count, keep, group_score)

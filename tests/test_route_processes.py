@@ -63,7 +63,7 @@ def test_two_processes_train_one_step_alike():
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
   }
-  command = [sys.executable, "-c", script, str(free_port())]
+  command = [sys.executable, "-P", "-c", script, str(free_port())]
   workers = [
     subprocess.Popen(
       [*command, str(i)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
