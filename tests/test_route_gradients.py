@@ -15,7 +15,7 @@ from jax.test_util import check_grads
 import jax_router
 import oracle
 import shapes
-from jax_router import Groups
+from jax_router import Groups, _options, _reference
 
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
 
@@ -313,3 +313,38 @@ def test_forward_mode_needs_the_reference():
     np.testing.assert_allclose(tangent_out[:, slot], along, rtol=1e-5, atol=1e-6)
   with pytest.raises(TypeError, match="forward-mode autodiff"):
     jax.jvp(weights(None), (logits,), (tangent,))
+
+
+# ---- what platforms without a kernel run ----
+
+
+@pytest.mark.parametrize("score, renormalize", oracle.VARIANTS)
+def test_backward_in_plain_jax(rng, score, renormalize):
+  """The reference in the place of both kernels: its marks, and its backward made of them."""
+  options = _options.route_options(24, 5, score, renormalize, 1.5, None)
+  dead = shapes.make_logits("dead", 18, 24)
+  random = np.abs(shapes.make_logits("random", 18, 24))
+  logits = np.concatenate([dead, random])
+  where = jnp.arange(36) % 4 > 0
+  given = jnp.asarray(rng.integers(-1, 26, size=(36, 5)), jnp.int32)
+
+  @jax.jit
+  def derivative(logits, cotangent, experts):
+    results = _reference.route(
+      logits, None, where, experts, options=options, index_dtype=np.dtype(np.int32)
+    )
+    dense = logits if score == "softmax" and not renormalize else None
+    return results[:2], _reference.route_backward(
+      cotangent, *results, dense, options=options, num_experts=24, dtype=logits.dtype
+    )
+
+  for experts, dtype in ((None, np.float32), (given, ml_dtypes.bfloat16)):
+    static = {"score": score, "renormalize": renormalize, "scale": 1.5}
+    x = logits.astype(dtype)
+    want = oracle.route(x, 5, where=where, experts=experts, **static)
+    clean = random_cotangent(rng, 36, 5)
+    cotangent = np.where(want.active, clean, np.float32(np.nan))
+    results, gradient = derivative(x, cotangent, experts)
+    routing = jax_router.Routing(*results)
+    oracle.check_route(routing, x, 5, where=where, experts=experts, **static)
+    oracle.check_gradient(gradient, x, want, cotangent, **static)

@@ -118,3 +118,13 @@ def test_short_groups_are_filled_with_the_lowest_experts_left(route):
   assert got.experts.tolist() == [[12, 15, 6, 4, 0, 1, 2, 3], [14, 15, 1, 0, 2, 3, 4, 5]]
   assert (np.asarray(got.weights)[:, 4:] == 0).all()
   np.testing.assert_allclose(np.asarray(got.weights)[:, :4].sum(-1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("group_score", ("top2", "sum"))
+def test_group_of_opposite_infinities_scores_minus_inf(route, group_score):
+  """+inf and -inf have no sum; like a NaN it is never kept while another group is left."""
+  logits = np.array([[np.inf, -np.inf, 0, -5, -1, -2, -9, -np.inf]], np.float32)
+  options = {"groups": Groups(4, 2, group_score), "score": "none", "renormalize": False}
+  got = route(logits, 4, **options)
+  assert got.experts.tolist() == [[2, 4, 5, 3]]
+  oracle.check_route(got, logits, 4, **options)
