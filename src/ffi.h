@@ -56,6 +56,35 @@ auto bind_options(Binding binding) {
       .template Attr<int64_t>("group_score");
 }
 
+// The operands, results and attributes of each handler; the context is a thread pool or a stream.
+template <typename Context>
+auto bind_route() {
+  return bind_options(ffi::Ffi::Bind()
+                          .Ctx<Context>()
+                          .template Arg<ffi::AnyBuffer>()  // logits [*B, T, E]
+                          .RemainingArgs()  // bias [*B, E], where [*B, T], experts [*B, T, k]
+                          .template Ret<ffi::AnyBuffer>()  // weights [*B, T, k]
+                          .template Ret<ffi::AnyBuffer>()  // experts [*B, T, k]
+                          .template Ret<ffi::AnyBuffer>()  // normalizer [*B, T]
+                      )
+      .template Attr<bool>("has_bias")
+      .template Attr<bool>("has_where")
+      .template Attr<bool>("has_experts");
+}
+
+template <typename Context>
+auto bind_route_backward() {
+  return bind_options(ffi::Ffi::Bind()
+                          .Ctx<Context>()
+                          .template Arg<ffi::AnyBuffer>()  // cotangent [*B, T, k]
+                          .template Arg<ffi::AnyBuffer>()  // weights [*B, T, k]
+                          .template Arg<ffi::AnyBuffer>()  // experts [*B, T, k]
+                          .template Arg<ffi::AnyBuffer>()  // normalizer [*B, T]
+                          .RemainingArgs()                 // logits [*B, T, E]
+                          .template Ret<ffi::AnyBuffer>()  // gradient [*B, T, E]
+  );
+}
+
 inline ffi::Error check_options(const RouteOptions& options, int64_t experts) {
   if (options.k < 1 || options.k > experts) {
     return invalid("k must be between 1 and the number of experts = " + std::to_string(experts) +

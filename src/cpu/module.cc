@@ -81,30 +81,8 @@ ffi::Future route_backward(ffi::ThreadPool pool, ffi::AnyBuffer cotangent, ffi::
   return run_rows(pool, backward_kernel(), call, options);
 }
 
-XLA_FFI_DEFINE_HANDLER(kRoute, route,
-                       bind_options(ffi::Ffi::Bind()
-                                        .Ctx<ffi::ThreadPool>()
-                                        .Arg<ffi::AnyBuffer>()  // logits [*B, T, E]
-                                        .RemainingArgs()        // bias [*B, E], where [*B, T],
-                                                                // experts [*B, T, k]
-                                        .Ret<ffi::AnyBuffer>()  // weights [*B, T, k]
-                                        .Ret<ffi::AnyBuffer>()  // experts [*B, T, k]
-                                        .Ret<ffi::AnyBuffer>()  // normalizer [*B, T]
-                                    )
-                           .Attr<bool>("has_bias")
-                           .Attr<bool>("has_where")
-                           .Attr<bool>("has_experts"));
-
-XLA_FFI_DEFINE_HANDLER(kRouteBackward, route_backward,
-                       bind_options(ffi::Ffi::Bind()
-                                        .Ctx<ffi::ThreadPool>()
-                                        .Arg<ffi::AnyBuffer>()  // cotangent [*B, T, k]
-                                        .Arg<ffi::AnyBuffer>()  // weights [*B, T, k]
-                                        .Arg<ffi::AnyBuffer>()  // experts [*B, T, k]
-                                        .Arg<ffi::AnyBuffer>()  // normalizer [*B, T]
-                                        .RemainingArgs()        // logits [*B, T, E]
-                                        .Ret<ffi::AnyBuffer>()  // gradient [*B, T, E]
-                                    ));
+XLA_FFI_DEFINE_HANDLER(kRoute, route, bind_route<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(kRouteBackward, route_backward, bind_route_backward<ffi::ThreadPool>());
 
 // ---- table ----
 

@@ -14,6 +14,8 @@ namespace nb = nanobind;
 namespace jax_router {
 namespace {
 
+using Stream = ffi::PlatformStream<cudaStream_t>;
+
 ffi::Error launch_result(const char* name, cudaError_t status) {
   if (status == cudaSuccess) return ffi::Error::Success();
   return ffi::Error::Internal(std::string("jax_router: the launch of ") + name +
@@ -49,31 +51,8 @@ ffi::Error route_backward(cudaStream_t stream, ffi::AnyBuffer cotangent, ffi::An
   return launch_result("route_backward", launch_route_backward(call, options, stream));
 }
 
-XLA_FFI_DEFINE_HANDLER(kRoute, route,
-                       bind_options(ffi::Ffi::Bind()
-                                        .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                        .Arg<ffi::AnyBuffer>()  // logits [*B, T, E]
-                                        .RemainingArgs()        // bias [*B, E], where [*B, T],
-                                                                // experts [*B, T, k]
-                                        .Ret<ffi::AnyBuffer>()  // weights [*B, T, k]
-                                        .Ret<ffi::AnyBuffer>()  // experts [*B, T, k]
-                                        .Ret<ffi::AnyBuffer>()  // normalizer [*B, T]
-                                    )
-                           .Attr<bool>("has_bias")
-                           .Attr<bool>("has_where")
-                           .Attr<bool>("has_experts"),
-                       {ffi::Traits::kCmdBufferCompatible});
-
-XLA_FFI_DEFINE_HANDLER(kRouteBackward, route_backward,
-                       bind_options(ffi::Ffi::Bind()
-                                        .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                        .Arg<ffi::AnyBuffer>()  // cotangent [*B, T, k]
-                                        .Arg<ffi::AnyBuffer>()  // weights [*B, T, k]
-                                        .Arg<ffi::AnyBuffer>()  // experts [*B, T, k]
-                                        .Arg<ffi::AnyBuffer>()  // normalizer [*B, T]
-                                        .RemainingArgs()        // logits [*B, T, E]
-                                        .Ret<ffi::AnyBuffer>()  // gradient [*B, T, E]
-                                    ),
+XLA_FFI_DEFINE_HANDLER(kRoute, route, bind_route<Stream>(), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kRouteBackward, route_backward, bind_route_backward<Stream>(),
                        {ffi::Traits::kCmdBufferCompatible});
 
 // ---- table ----
