@@ -51,7 +51,8 @@ def route(
   the lowest experts left at weight 0; a row with none (or, with groups, with fewer than
   `groups.keep` group scores above -inf) gets experts 0 .. k-1, each of weight 1/k, and no gradient.
   A +inf logit scores like the largest float32. So experts are always distinct and in range, and
-  weights finite whatever the logits hold (with "none", as far as sums of the scores given are).
+  weights finite whatever the logits hold; with "none" they are what the formula makes of the scores
+  given. Sums of keys treat denormals as 0.
 
   Differentiable in `logits` in reverse mode, twice. For forward mode use
   `implementation="reference"`. Under `jax.checkpoint`, the policy
@@ -70,7 +71,8 @@ def route(
       no gradient.
     experts: `[..., k]` integer, the choice itself (replay, hash routing). Selection is skipped, so
       `bias` and `groups` are checked but have no effect. An expert outside 0 .. E-1 becomes E with
-      weight 0.
+      weight 0; if all others of a token have logit NaN or -inf, these get weight 1/k. So replaying
+      a choice gives its weights again, but for rows without a choice because of bias or groups.
     index_dtype: integer dtype of the experts returned; it must hold E.
     weight_dtype: floating dtype of the weights, float32 by default.
     implementation: None (best for the platform), "cpu", "cuda" or "reference" (plain JAX).

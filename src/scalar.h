@@ -100,6 +100,15 @@ JAX_ROUTER_FN int32_t key_from_bits(int32_t bits) {
 
 JAX_ROUTER_FN int32_t key_from_float(float x) { return key_from_bits(float_bits(x)); }
 
+// A denormal as the zero of its sign, whatever mode the processor is in.
+JAX_ROUTER_FN float flushed(float x) {
+  const int32_t bits = float_bits(x);
+  return (bits & 0x7f800000) != 0 ? x : bits_float(bits & INT32_MIN);
+}
+
+// Sum of two terms of a key: denormals are flushed before and after.
+JAX_ROUTER_FN float add_keys(float a, float b) { return flushed(add(flushed(a), flushed(b))); }
+
 // The logit of a key; NaN has become -inf.
 JAX_ROUTER_FN float float_from_key(int32_t key) { return bits_float(flip_order(key)); }
 
@@ -172,9 +181,11 @@ JAX_ROUTER_FN float softmax_term(float x, float largest) {
   return exp_nonpositive(add(x < kLargest ? x : kLargest, -largest));
 }
 
-// log(1 + u) for 0 <= u <= 1, as 2 atanh(s) with s = u / (2 + u).
+// log(1 + u) for u = 0 or a normal u <= 1, as 2 atanh(s) with s = u / (2 + u). Made of 2 s, which
+// is no denormal.
 JAX_ROUTER_FN float log1p_unit(float u) {
-  const float s = divide(u, add(2.0f, u));
+  const float twice = divide(add(u, u), add(2.0f, u));
+  const float s = multiply(0.5f, twice);
   const float z = multiply(s, s);
   float p = 1.0f / 15.0f;
   p = multiply_add(p, z, 1.0f / 13.0f);
@@ -183,7 +194,6 @@ JAX_ROUTER_FN float log1p_unit(float u) {
   p = multiply_add(p, z, 1.0f / 7.0f);
   p = multiply_add(p, z, 1.0f / 5.0f);
   p = multiply_add(p, z, 1.0f / 3.0f);
-  const float twice = add(s, s);
   return multiply_add(multiply(twice, z), p, twice);
 }
 

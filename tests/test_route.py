@@ -227,3 +227,12 @@ def test_implementations_agree(rng):
     reference = jax_router.route(logits, 6, implementation="reference", **options)
     np.testing.assert_array_equal(default.experts, reference.experts)
     np.testing.assert_allclose(default.weights, reference.weights, rtol=1e-6, atol=1e-37)
+
+
+def test_sqrtsoftplus_near_its_smallest_value(route):
+  """The last logits before exp would be a denormal: the score is a square root, far from one."""
+  logits = np.array([[-86.7, -86.9, -86.5, -86.99]], np.float32)
+  got = route(logits, 4, score="sqrtsoftplus", renormalize=False)
+  assert np.asarray(got.experts).tolist() == [[2, 0, 1, 3]]
+  want = np.exp(np.array([-86.5, -86.7, -86.9, -86.99]) / 2)
+  np.testing.assert_allclose(np.asarray(got.weights)[0], want, rtol=1e-5)

@@ -128,3 +128,10 @@ def test_group_of_opposite_infinities_scores_minus_inf(route, group_score):
   got = route(logits, 4, **options)
   assert got.experts.tolist() == [[2, 4, 5, 3]]
   oracle.check_route(got, logits, 4, **options)
+
+
+def test_denormal_sums_of_keys_are_zero(kernel_route):
+  """Whether or not the processor flushes denormals, so that every kernel chooses alike."""
+  logits = np.array([[0, 0, 1e-40, 1e-40], [0, 0, 2e-38, 2e-38]], np.float32)
+  got = kernel_route(logits, 1, score="none", groups=Groups(2, 1))
+  assert np.asarray(got.experts).tolist() == [[0], [2]]

@@ -97,12 +97,12 @@ float sum_of_largest(const int32_t* keys, int64_t count, int64_t terms, int64_t*
       first = keys[i] > first ? keys[i] : first;
     }
     const float best = float_from_key(first);
-    return terms == 1 ? best : add(best, float_from_key(second));
+    return terms == 1 ? best : add_keys(best, float_from_key(second));
   }
   for (int64_t i = 0; i < count; ++i) pairs[i] = pack(keys[i], 0);
   std::partial_sort(pairs, pairs + terms, pairs + count, Descending());
   float sum = float_from_key(packed_key(pairs[0]));
-  for (int64_t i = 1; i < terms; ++i) sum = add(sum, float_from_key(packed_key(pairs[i])));
+  for (int64_t i = 1; i < terms; ++i) sum = add_keys(sum, float_from_key(packed_key(pairs[i])));
   return sum;
 }
 
@@ -135,7 +135,7 @@ bool limit_to_groups(Row& row, const int32_t* group_keys, int64_t experts,
 void score_keys(const Row& row, const float* __restrict scores, const float* __restrict bias,
                 int64_t experts, int32_t* out) {
   for (int64_t e = 0; e < experts; ++e) {
-    const float key = bias == nullptr ? scores[e] : add(scores[e], bias[e]);
+    const float key = bias == nullptr ? scores[e] : add_keys(scores[e], bias[e]);
     out[e] = row.keys[e] == kNanKey ? kLowestKey : key_from_float(key);
   }
 }

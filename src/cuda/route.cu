@@ -105,7 +105,7 @@ __device__ __forceinline__ int32_t scored_key(int32_t key, const float* bias, in
   const float x = logit_of(key);
   // Under "none" a -inf input stays one: its key, unlike its score, is not 0.
   const float y = score == Score::kNone ? x : score_of(x, score, softmax);
-  return key_from_float(bias == nullptr ? y : add(y, bias[e]));
+  return key_from_float(bias == nullptr ? y : add_keys(y, bias[e]));
 }
 
 // Sum of the `terms` largest of the keys that `key_at` gives for [0, size), in descending order.
@@ -121,7 +121,7 @@ __device__ __forceinline__ float sum_of_largest(KeyAt key_at, int size, int term
       if (pair < last && pair > best) best = pair;
     }
     const float value = float_from_key(packed_key(best));
-    sum = term == 0 ? value : add(sum, value);
+    sum = term == 0 ? value : add_keys(sum, value);
     last = best;
   }
   return sum;
