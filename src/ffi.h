@@ -91,8 +91,12 @@ inline ffi::Error check_options(const RouteOptions& options, int64_t experts) {
                    ", got " + std::to_string(options.k));
   }
   const int64_t count = options.group_count;
-  if (count > 0 && (experts % count != 0 || options.group_keep < 1 || options.group_keep > count)) {
-    return invalid("groups do not fit " + std::to_string(experts) + " experts");
+  if (count < 0 || count > experts) return invalid("group_count is out of range");
+  if (count > 0 &&
+      (experts % count != 0 || options.group_keep < 1 || options.group_keep > count ||
+       options.k > options.group_keep * (experts / count) || options.group_terms() < 1)) {
+    return invalid("groups do not fit " + std::to_string(experts) +
+                   " experts and k = " + std::to_string(options.k));
   }
   return ffi::Error::Success();
 }

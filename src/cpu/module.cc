@@ -16,27 +16,24 @@ namespace {
 
 // ---- dispatch by instruction set ----
 
-bool has_avx2() {
 #ifdef JAX_ROUTER_HAS_AVX2
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("bmi");
-#else
-  return false;
-#endif
+bool has_avx2() {
+  static const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                                __builtin_cpu_supports("bmi");
+  return supported;
 }
+#endif
 
 RouteForwardKernel forward_kernel() {
 #ifdef JAX_ROUTER_HAS_AVX2
-  static const bool avx2 = has_avx2();
-  if (avx2) return avx2::route_forward_kernel();
+  if (has_avx2()) return avx2::route_forward_kernel();
 #endif
   return baseline::route_forward_kernel();
 }
 
 RouteBackwardKernel backward_kernel() {
 #ifdef JAX_ROUTER_HAS_AVX2
-  static const bool avx2 = has_avx2();
-  if (avx2) return avx2::route_backward_kernel();
+  if (has_avx2()) return avx2::route_backward_kernel();
 #endif
   return baseline::route_backward_kernel();
 }
