@@ -73,10 +73,29 @@ auto bind_route() {
 }
 
 template <typename Context>
+auto bind_dense() {
+  return bind_options(ffi::Ffi::Bind()
+                          .Ctx<Context>()
+                          .template Arg<ffi::AnyBuffer>()  // logits [*B, T, E]
+                          .RemainingArgs()  // bias [*B, E], where [*B, T], experts [*B, T, k]
+                          .template Ret<ffi::AnyBuffer>()  // probs [*B, T, E]
+                          .template Ret<ffi::AnyBuffer>()  // map [*B, T, E or ceil(E / 8)]
+                          .template Ret<ffi::AnyBuffer>()  // weights [*B, T, k]
+                          .template Ret<ffi::AnyBuffer>()  // experts [*B, T, k]
+                          .template Ret<ffi::AnyBuffer>()  // normalizer [*B, T]
+                      )
+      .template Attr<bool>("has_bias")
+      .template Attr<bool>("has_where")
+      .template Attr<bool>("has_experts")
+      .template Attr<int64_t>("map_format");
+}
+
+// The backward of `route` and of `dense`, which differ in their cotangent alone.
+template <typename Context>
 auto bind_route_backward() {
   return bind_options(ffi::Ffi::Bind()
                           .Ctx<Context>()
-                          .template Arg<ffi::AnyBuffer>()  // cotangent [*B, T, k]
+                          .template Arg<ffi::AnyBuffer>()  // cotangent [*B, T, k] or [*B, T, E]
                           .template Arg<ffi::AnyBuffer>()  // weights [*B, T, k]
                           .template Arg<ffi::AnyBuffer>()  // experts [*B, T, k]
                           .template Arg<ffi::AnyBuffer>()  // normalizer [*B, T]
@@ -207,10 +226,33 @@ inline ffi::Error decode_route_forward(const RouteOptions& options, bool has_bia
   return decode_index_bytes(experts, &call->index_bytes);
 }
 
-// The same for the backward.
+// The same with the dense results.
+inline ffi::Error decode_dense_forward(const RouteOptions& options, bool has_bias, bool has_where,
+                                       bool has_experts, int64_t map_format,
+                                       const ffi::AnyBuffer& logits,
+                                       const ffi::RemainingArgs& optional,
+                                       const ffi::AnyBuffer& probs, const ffi::AnyBuffer& map,
+                                       const ffi::AnyBuffer& weights, const ffi::AnyBuffer& experts,
+                                       const ffi::AnyBuffer& normalizer, RouteForward* call) {
+  JAX_ROUTER_RETURN_IF_ERROR(decode_route_forward(options, has_bias, has_where, has_experts, logits,
+                                                  optional, weights, experts, normalizer, call));
+  if (map_format != 0 && map_format != 1) return invalid("map_format is out of range");
+  call->map_format = static_cast<MapFormat>(map_format);
+  const bool bytes = call->map_format == MapFormat::kBytemap;
+  JAX_ROUTER_RETURN_IF_ERROR(check_elements("probs", probs, call->tokens * call->experts));
+  JAX_ROUTER_RETURN_IF_ERROR(check_type("probs", probs, logits.element_type()));
+  JAX_ROUTER_RETURN_IF_ERROR(check_elements("map", map, call->tokens * call->map_row_bytes()));
+  JAX_ROUTER_RETURN_IF_ERROR(
+      check_type("map", map, bytes ? ffi::DataType::PRED : ffi::DataType::U8));
+  call->probs = probs.untyped_data();
+  call->map = static_cast<uint8_t*>(map.untyped_data());
+  return ffi::Error::Success();
+}
+
+// The same for the backward of either.
 inline ffi::Error decode_route_backward(
-    const RouteOptions& options, const ffi::AnyBuffer& cotangent, const ffi::AnyBuffer& weights,
-    const ffi::AnyBuffer& experts, const ffi::AnyBuffer& normalizer,
+    const RouteOptions& options, bool dense_cotangent, const ffi::AnyBuffer& cotangent,
+    const ffi::AnyBuffer& weights, const ffi::AnyBuffer& experts, const ffi::AnyBuffer& normalizer,
     const ffi::RemainingArgs& optional, const ffi::AnyBuffer& gradient, RouteBackward* call) {
   *call = RouteBackward{};
   if (gradient.dimensions().size() < 2) return invalid("gradient must have shape [..., T, E]");
@@ -218,8 +260,11 @@ inline ffi::Error decode_route_backward(
   JAX_ROUTER_RETURN_IF_ERROR(check_options(options, call->experts));
   call->tokens = static_cast<int64_t>(gradient.element_count()) / call->experts;
   const int64_t slots = call->tokens * options.k;
-  JAX_ROUTER_RETURN_IF_ERROR(check_elements("cotangent", cotangent, slots));
-  JAX_ROUTER_RETURN_IF_ERROR(check_type("cotangent", cotangent, ffi::DataType::F32));
+  call->dense_cotangent = dense_cotangent;
+  JAX_ROUTER_RETURN_IF_ERROR(check_elements(
+      "cotangent", cotangent, dense_cotangent ? call->tokens * call->experts : slots));
+  JAX_ROUTER_RETURN_IF_ERROR(check_type(
+      "cotangent", cotangent, dense_cotangent ? gradient.element_type() : ffi::DataType::F32));
   JAX_ROUTER_RETURN_IF_ERROR(check_elements("weights", weights, slots));
   JAX_ROUTER_RETURN_IF_ERROR(check_type("weights", weights, ffi::DataType::F32));
   JAX_ROUTER_RETURN_IF_ERROR(check_elements("experts", experts, slots));
@@ -234,7 +279,7 @@ inline ffi::Error decode_route_backward(
     JAX_ROUTER_RETURN_IF_ERROR(check_type("logits", logits, gradient.element_type()));
     call->logits = logits.untyped_data();
   }
-  call->cotangent = static_cast<const float*>(cotangent.untyped_data());
+  call->cotangent = cotangent.untyped_data();
   call->weights = static_cast<const float*>(weights.untyped_data());
   call->indices = experts.untyped_data();
   call->normalizer = static_cast<const float*>(normalizer.untyped_data());

@@ -17,6 +17,7 @@ namespace jax_router {
 enum class Score : int { kSoftmax, kSigmoid, kSqrtSoftplus, kNone };
 enum class GroupScore : int { kTop2, kMax, kSum };
 enum class LogitsType : int { kFloat32, kBfloat16, kFloat16 };
+enum class MapFormat : int { kBytemap, kBitmap };
 
 struct RouteOptions {
   int64_t k;
@@ -54,13 +55,25 @@ struct RouteForward {
   void* indices;   // [tokens, k], index_bytes each
   int index_bytes;
   float* normalizer;  // [tokens]; NaN where the row has no gradient
+  // Of `dense` alone, else null.
+  void* probs;   // [tokens, experts] of the logits' type, 0 where not chosen
+  uint8_t* map;  // [tokens, map_row_bytes()], see MapFormat
+  MapFormat map_format;
+
+  // A bitmap has the least significant bit first and 0 in the bits past the last expert.
+  JAX_ROUTER_HOST_DEVICE int64_t map_row_bytes() const {
+    return map_format == MapFormat::kBytemap ? experts : (experts + 7) / 8;
+  }
 };
 
-// One call of the backward from dense indices. `logits` only where the gradient is dense.
+// One call of the backward from dense indices, of `route` or of `dense`. `logits` only where the
+// gradient is dense.
 struct RouteBackward {
-  const float* cotangent;  // [tokens, k]
-  const float* weights;    // [tokens, k]
-  const void* indices;     // [tokens, k]
+  // [tokens, k] float32, or [tokens, experts] of the gradient's type, read at the chosen experts
+  const void* cotangent;
+  bool dense_cotangent;
+  const float* weights;  // [tokens, k]
+  const void* indices;   // [tokens, k]
   int index_bytes;
   const float* normalizer;  // [tokens]
   const void* logits;       // [tokens, experts] or null

@@ -72,7 +72,7 @@ ffi::Future route_backward(ffi::ThreadPool pool, ffi::AnyBuffer cotangent, ffi::
   const RouteOptions options =
       OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
   RouteBackward call;
-  ffi::Error error = decode_route_backward(options, cotangent, weights, experts, normalizer,
+  ffi::Error error = decode_route_backward(options, false, cotangent, weights, experts, normalizer,
                                            optional, *gradient, &call);
   if (error.failure()) return finished(std::move(error));
   return run_rows(pool, backward_kernel(), call, options);

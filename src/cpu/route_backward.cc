@@ -44,7 +44,7 @@ float gather_slots(const RouteBackward& call, const RouteOptions& options, int64
                    Slots& slots) {
   slots.count = 0;
   if (!(call.normalizer[token] == call.normalizer[token])) return 0.0f;
-  const float* cotangent = call.cotangent + token * options.k;
+  const float* cotangent = static_cast<const float*>(call.cotangent) + token * options.k;
   const float* weights = call.weights + token * options.k;
   const float inverse_scale = options.scale != 0.0f ? 1.0f / options.scale : 0.0f;
   float mean = 0.0f;

@@ -46,8 +46,8 @@ ffi::Error route_backward(cudaStream_t stream, ffi::AnyBuffer cotangent, ffi::An
   const RouteOptions options =
       OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
   RouteBackward call;
-  JAX_ROUTER_RETURN_IF_ERROR(decode_route_backward(options, cotangent, weights, experts, normalizer,
-                                                   optional, *gradient, &call));
+  JAX_ROUTER_RETURN_IF_ERROR(decode_route_backward(options, false, cotangent, weights, experts,
+                                                   normalizer, optional, *gradient, &call));
   return launch_result("route_backward", launch_route_backward(call, options, stream));
 }
 

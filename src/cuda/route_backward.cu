@@ -28,7 +28,8 @@ __device__ __forceinline__ Slot slot_at(const RouteBackward& call, const RouteOp
   const bool filled = __float_as_int(weight) == INT32_MIN;  // -0
   if (filled || expert >= call.experts) return {-1, 0.0f, 0.0f};
   const float inverse_scale = options.scale != 0.0f ? 1.0f / options.scale : 0.0f;
-  return {static_cast<int>(expert), call.cotangent[at] * options.scale, weight * inverse_scale};
+  return {static_cast<int>(expert), static_cast<const float*>(call.cotangent)[at] * options.scale,
+          weight * inverse_scale};
 }
 
 // Adds the lanes' values up into the row. Lanes with the same expert are added in lane order by the
