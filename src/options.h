@@ -59,6 +59,8 @@ struct RouteForward {
   void* probs;   // [tokens, experts] of the logits' type, 0 where not chosen
   uint8_t* map;  // [tokens, map_row_bytes()], see MapFormat
   MapFormat map_format;
+  // Whether rows of logits allow loads of four elements; for the CUDA kernels, set by their launch.
+  bool aligned;
 
   // A bitmap has the least significant bit first and 0 in the bits past the last expert.
   JAX_ROUTER_HOST_DEVICE int64_t map_row_bytes() const {

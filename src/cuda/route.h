@@ -1,5 +1,5 @@
-// The CUDA kernels of `route`. A launch allocates nothing, waits for nothing and reads nothing
-// back, so it can be captured in a command buffer.
+// The CUDA kernels of `route` and `dense`. A launch allocates nothing, waits for nothing and reads
+// nothing back, so it can be captured in a command buffer.
 
 #ifndef JAX_ROUTER_CUDA_ROUTE_H_
 #define JAX_ROUTER_CUDA_ROUTE_H_
@@ -10,11 +10,35 @@
 
 namespace jax_router {
 
+// The forward of `route`, or of `dense` where the call has probs.
 cudaError_t launch_route(const RouteForward& call, const RouteOptions& options,
                          cudaStream_t stream);
 
+// The backward of either.
 cudaError_t launch_route_backward(const RouteBackward& call, const RouteOptions& options,
                                   cudaStream_t stream);
+
+// ---- the kernels that launch_route picks from; what each takes stands at its head ----
+
+cudaError_t launch_route_lanes(const RouteForward& call, const RouteOptions& options,
+                               cudaStream_t stream);
+cudaError_t launch_route_warp(const RouteForward& call, const RouteOptions& options,
+                              cudaStream_t stream);
+bool route_shared_fits(const RouteForward& call);
+cudaError_t launch_route_shared(const RouteForward& call, const RouteOptions& options,
+                                cudaStream_t stream);
+cudaError_t launch_route_general(const RouteForward& call, const RouteOptions& options,
+                                 cudaStream_t stream);
+
+// ---- the device ----
+
+struct DeviceLimits {
+  int processors;
+  int shared_bytes;  // of a block, at most
+};
+
+// Of the current device.
+DeviceLimits device_limits();
 
 }  // namespace jax_router
 

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "row.cuh"
 #include "warp.cuh"
 
 namespace jax_router {
@@ -21,10 +22,6 @@ __device__ __forceinline__ int32_t packed_key(int64_t pair) {
 }
 __device__ __forceinline__ int32_t packed_index(int64_t pair) {
   return static_cast<int32_t>(~static_cast<uint32_t>(pair));
-}
-
-__device__ __forceinline__ uint32_t unsigned_key(int32_t key) {
-  return static_cast<uint32_t>(key) ^ 0x80000000u;
 }
 
 // How many of `count` keys are at least `limit`.

@@ -3,10 +3,13 @@
 #ifndef JAX_ROUTER_CUDA_WARP_CUH_
 #define JAX_ROUTER_CUDA_WARP_CUH_
 
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <type_traits>
 
+#include "options.h"
 #include "scalar.h"
 
 namespace jax_router {
@@ -15,6 +18,35 @@ inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ unsigned lanes_below(int lane) { return (1u << lane) - 1u; }
+
+// ---- shared memory by its own addresses, which fit one register ----
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ void store_shared_u16(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(value))
+               : "memory");
+}
+__device__ __forceinline__ void store_shared_u32(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+__device__ __forceinline__ uint32_t load_shared_u16(uint32_t address) {
+  uint16_t value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ uint32_t load_shared_u32(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ void load_shared_four(uint32_t address, uint32_t (&x)[4]) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
 
 // ---- reductions: every lane gets the result, additions have a fixed order ----
 
@@ -51,9 +83,11 @@ struct CompensatedSum {
 // ---- types ----
 
 struct Bfloat16 {
+  static constexpr uint32_t kLowest = 0xff80;  // -inf
   uint16_t bits;
 };
 struct Float16 {
+  static constexpr uint32_t kLowest = 0xfc00;
   uint16_t bits;
 };
 
@@ -65,12 +99,91 @@ __device__ __forceinline__ int32_t load_bits(const Float16* p) {
   return bits_from_float16(__ldg(&p->bits));
 }
 
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(Bfloat16 x) {
+  return __int_as_float(bits_from_bfloat16(x.bits));
+}
+__device__ __forceinline__ float to_float(Float16 x) {
+  return __half2float(__ushort_as_half(x.bits));
+}
+
+// Four neighbours as they lie in memory, from an address aligned to all four.
+template <typename T>
+struct Four {
+  uint2 raw;
+
+  __device__ __forceinline__ static Four lowest() {
+    constexpr uint32_t both = T::kLowest * 0x10001u;
+    return {{both, both}};
+  }
+
+  __device__ __forceinline__ static Four load(const T* p) {
+    return {*reinterpret_cast<const uint2*>(p)};
+  }
+  // The first `count` of the four one by one, -inf for the rest.
+  __device__ __forceinline__ static Four load_some(const T* p, int count) {
+    uint32_t x[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) x[c] = c < count ? p[c].bits : T::kLowest;
+    return {{x[0] | x[1] << 16, x[2] | x[3] << 16}};
+  }
+  __device__ __forceinline__ void unpack(float (&x)[4]) const {
+    x[0] = to_float(T{static_cast<uint16_t>(raw.x)});
+    x[1] = to_float(T{static_cast<uint16_t>(raw.x >> 16)});
+    x[2] = to_float(T{static_cast<uint16_t>(raw.y)});
+    x[3] = to_float(T{static_cast<uint16_t>(raw.y >> 16)});
+  }
+};
+template <>
+struct Four<float> {
+  float4 raw;
+
+  __device__ __forceinline__ static Four lowest() {
+    return {{-kInfinity, -kInfinity, -kInfinity, -kInfinity}};
+  }
+
+  __device__ __forceinline__ static Four load(const float* p) {
+    return {*reinterpret_cast<const float4*>(p)};
+  }
+  __device__ __forceinline__ static Four load_some(const float* p, int count) {
+    float x[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) x[c] = c < count ? p[c] : -kInfinity;
+    return {{x[0], x[1], x[2], x[3]}};
+  }
+  __device__ __forceinline__ void unpack(float (&x)[4]) const {
+    x[0] = raw.x;
+    x[1] = raw.y;
+    x[2] = raw.z;
+    x[3] = raw.w;
+  }
+};
+
 __device__ __forceinline__ void store_value(float* p, float x) { *p = x; }
 __device__ __forceinline__ void store_value(Bfloat16* p, float x) {
   p->bits = bfloat16_from_float(x);
 }
 __device__ __forceinline__ void store_value(Float16* p, float x) {
   p->bits = float16_from_float(x);
+}
+
+// Calls f with a null pointer to the type of the logits.
+template <typename F>
+auto with_type(LogitsType type, F f) {
+  switch (type) {
+    case LogitsType::kFloat32:
+      return f(static_cast<float*>(nullptr));
+    case LogitsType::kBfloat16:
+      return f(static_cast<Bfloat16*>(nullptr));
+    default:
+      return f(static_cast<Float16*>(nullptr));
+  }
+}
+
+// Calls f with std::true_type or std::false_type.
+template <typename F>
+auto with_bool(bool value, F f) {
+  return value ? f(std::true_type()) : f(std::false_type());
 }
 
 // An index of any width. Indices are never negative.

@@ -1,0 +1,152 @@
+// Sorting networks over the registers of a group of lanes. All loops unroll; every step is a
+// shuffle and a minimum or maximum.
+
+#ifndef JAX_ROUTER_CUDA_NETWORK_CUH_
+#define JAX_ROUTER_CUDA_NETWORK_CUH_
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "scalar.h"
+#include "warp.cuh"
+
+namespace jax_router {
+
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ float smaller(float a, float b) { return fminf(a, b); }
+template <typename T>
+__device__ __forceinline__ T larger(T a, T b) {
+  return a > b ? a : b;
+}
+template <typename T>
+__device__ __forceinline__ T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+
+__device__ __forceinline__ __nv_bfloat162 bfloat16_pair(uint32_t bits) {
+  return *reinterpret_cast<const __nv_bfloat162*>(&bits);
+}
+
+// The element of slot ^ mask, for each slot = lane * kSlots + i of this lane.
+template <int kSlots, typename T>
+__device__ __forceinline__ void fetch(const T (&x)[kSlots], int mask, T (&other)[kSlots]) {
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    other[i] = __shfl_xor_sync(kAllLanes, x[i ^ (mask % kSlots)], mask / kSlots);
+  }
+}
+
+// Puts the larger of slots s and s ^ mask into the lower one.
+template <int kSlots, typename T>
+__device__ __forceinline__ void compare_exchange(T (&x)[kSlots], int mask, int lane) {
+  if (mask < kSlots) {
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      const int j = i ^ mask;
+      if (i > j) continue;
+      const T a = x[i];
+      x[i] = larger(a, x[j]);
+      x[j] = smaller(a, x[j]);
+    }
+    return;
+  }
+  int top = mask / kSlots;
+#pragma unroll
+  for (int below = 1; below < kWarpSize; below *= 2) top &= ~(top >> below);  // its highest bit
+  const bool low = (lane & top) == 0;
+  T other[kSlots];
+  fetch(x, mask, other);
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) x[i] = low ? larger(x[i], other[i]) : smaller(x[i], other[i]);
+}
+
+// Sorts a bitonic sequence of kSize slots, largest first.
+template <int kSize, int kSlots, typename T>
+__device__ __forceinline__ void sort_bitonic(T (&x)[kSlots], int lane) {
+#pragma unroll
+  for (int distance = kSize / 2; distance > 0; distance /= 2) compare_exchange(x, distance, lane);
+}
+
+// Sorts every kSize consecutive slots, largest first.
+template <int kSize, int kSlots, typename T>
+__device__ __forceinline__ void sort_slots(T (&x)[kSlots], int lane) {
+  if constexpr (kSize > 1) {
+    sort_slots<kSize / 2>(x, lane);
+    compare_exchange(x, kSize - 1, lane);  // now both halves are bitonic
+    sort_bitonic<kSize / 2>(x, lane);
+  }
+}
+
+// What is known of a row before its survivors are listed.
+struct Bound {
+  float bound;      // a lower bound of the k-th largest element
+  int32_t top_key;  // an upper bound of every key
+};
+
+// From four classes a lane of eight lanes: the 8th largest of the 32, for k <= 8.
+__device__ __forceinline__ Bound eighth_of_classes(float (&x)[4], int lane) {
+  float other[4];
+  sort_slots<8>(x, lane);
+  fetch(x, 15, other);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = larger(x[i], other[i]);  // the best 8 of 16
+  sort_bitonic<8>(x, lane);
+  fetch(x, 31, other);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = larger(x[i], other[i]);  // the best 8 of 32
+  const float low = smaller(smaller(x[0], x[1]), smaller(x[2], x[3]));
+  const float high = larger(larger(x[0], x[1]), larger(x[2], x[3]));
+  return {smaller(low, __shfl_xor_sync(kAllLanes, low, 1)),
+          key_from_float(larger(high, __shfl_xor_sync(kAllLanes, high, 1)))};
+}
+
+// From kClasses classes a lane: the k-th largest of 32 * kClasses, rounded down to a bfloat16, by
+// counting what lies above each. `words` is the warp's, of 64 * kClasses bytes.
+template <int kClasses>
+__device__ __forceinline__ Bound kth_of_classes(const float (&x)[kClasses], int k, uint32_t words,
+                                                int lane) {
+  uint32_t halves[kClasses];
+  int32_t top = INT32_MIN;
+#pragma unroll
+  for (int i = 0; i < kClasses; ++i) {
+    const int32_t bits = __float_as_int(x[i]);
+    top = larger(top, flip_order(bits));
+    halves[i] = static_cast<uint32_t>(bits + ((bits >> 31) & 0xffff)) >> 16;
+  }
+  __syncwarp();
+  if constexpr (kClasses == 1) {
+    store_shared_u16(words + 2 * lane, halves[0]);
+  } else {
+    store_shared_u32(words + 4 * lane, halves[0] | halves[1] << 16);
+  }
+  __syncwarp();
+  __nv_bfloat162 above[kClasses];
+#pragma unroll
+  for (int i = 0; i < kClasses; ++i) above[i] = bfloat16_pair(0);
+#pragma unroll
+  for (int j = 0; j < 4 * kClasses; ++j) {
+    uint32_t others[4];
+    load_shared_four(words + 16 * j, others);
+#pragma unroll
+    for (int i = 0; i < kClasses; ++i) {
+      const __nv_bfloat162 mine = bfloat16_pair(halves[i] | halves[i] << 16);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        above[i] = __hadd2(above[i], __hgt2(bfloat16_pair(others[c]), mine));
+      }
+    }
+  }
+  int32_t kth = INT32_MAX;
+#pragma unroll
+  for (int i = 0; i < kClasses; ++i) {
+    const float count = __low2float(above[i]) + __high2float(above[i]);
+    const int32_t key = flip_order(static_cast<int32_t>(halves[i] << 16));
+    if (count < static_cast<float>(k)) kth = smaller(kth, key);
+  }
+  return {float_from_key(__reduce_min_sync(kAllLanes, kth)), __reduce_max_sync(kAllLanes, top)};
+}
+
+}  // namespace jax_router
+
+#endif  // JAX_ROUTER_CUDA_NETWORK_CUH_

@@ -1,0 +1,245 @@
+// Rows in registers, and what the kernels that keep them there share.
+
+#ifndef JAX_ROUTER_CUDA_REGISTERS_CUH_
+#define JAX_ROUTER_CUDA_REGISTERS_CUH_
+
+#include <cstdint>
+
+#include "network.cuh"
+#include "options.h"
+#include "row.cuh"
+#include "survivors.cuh"
+#include "write.cuh"
+
+namespace jax_router {
+
+inline constexpr int kRegisterWarps = 4;  // of a block
+
+// Geometry of a kernel: kLanes lanes share a row, each with up to kChunks chunks of it and kClasses
+// classes. kListed survivors fit the list of a token.
+template <int kLanes_, int kChunks_, int kClasses_, int kListed_>
+struct Shape {
+  static constexpr int kLanes = kLanes_;
+  static constexpr int kChunks = kChunks_;
+  static constexpr int kClasses = kClasses_;
+  static constexpr int kListed = kListed_;
+};
+
+// A row in registers: element (j * kLanes + lane) * 4 + c in part c of chunk j.
+template <typename T, typename S>
+struct RegisterRow {
+  Four<T> raw[S::kChunks];
+
+  __device__ __forceinline__ void load(const T* logits, int experts, bool aligned, int lane) {
+#pragma unroll
+    for (int j = 0; j < S::kChunks; ++j) raw[j] = Four<T>::lowest();
+    const T* mine = logits + lane * kChunk;
+    if (aligned) {
+#pragma unroll
+      for (int j = 0; j < S::kChunks; ++j) {
+        const int past = j * S::kLanes * kChunk;
+        if (lane * kChunk + past < experts) raw[j] = Four<T>::load(mine + past);
+      }
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < S::kChunks; ++j) {
+      const int past = j * S::kLanes * kChunk;
+      raw[j] = Four<T>::load_some(mine + past, experts - lane * kChunk - past);
+    }
+  }
+  __device__ __forceinline__ void unpack(float (&x)[S::kChunks][kChunk]) const {
+#pragma unroll
+    for (int j = 0; j < S::kChunks; ++j) raw[j].unpack(x[j]);
+  }
+};
+
+// Sum of the softmax terms of a row in the order that the CPU has, too, since keys can depend on
+// it: 128 partial sums, element i to sum i mod 128, then pairwise at distance 64, 32 ... 1.
+template <typename S>
+__device__ __forceinline__ Softmax softmax_of(const float (&x)[S::kChunks][kChunk], float top) {
+  constexpr int kParts = kWarpSize / S::kLanes;
+  const float largest = larger(smaller(top, kLargest), -kLargest);
+  float sums[kParts][kChunk] = {};
+#pragma unroll
+  for (int j = 0; j < S::kChunks; ++j) {
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) {
+      float& sum = sums[j % kParts][c];
+      sum = add(sum, softmax_term(larger(x[j][c], -kInfinity), largest));
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kChunk; ++c) {
+#pragma unroll
+    for (int distance = kParts / 2; distance > 0; distance /= 2) {
+#pragma unroll
+      for (int j = 0; j < distance; ++j) sums[j][c] = add(sums[j][c], sums[j + distance][c]);
+    }
+#pragma unroll
+    for (int distance = S::kLanes / 2; distance > 0; distance /= 2) {
+      sums[0][c] = add(sums[0][c], __shfl_xor_sync(kAllLanes, sums[0][c], distance));
+    }
+  }
+  const float total = add(add(sums[0][0], sums[0][2]), add(sums[0][1], sums[0][3]));
+  return {largest, total > 0.0f ? total : 1.0f};
+}
+
+template <typename S>
+__device__ __forceinline__ Bound bound_of(const float (&x)[S::kChunks][kChunk], int k,
+                                          uint32_t words, int lane) {
+  float classes[S::kClasses];
+#pragma unroll
+  for (int i = 0; i < S::kClasses; ++i) classes[i] = -kInfinity;
+#pragma unroll
+  for (int j = 0; j < S::kChunks; ++j) {
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) {
+      classes[c % S::kClasses] = larger(classes[c % S::kClasses], x[j][c]);
+    }
+  }
+  if constexpr (S::kLanes == 8) {
+    return eighth_of_classes(classes, lane);
+  } else {
+    return kth_of_classes(classes, k, words, lane);
+  }
+}
+
+template <typename S>
+__device__ __forceinline__ float top_of(const float (&x)[S::kChunks][kChunk]) {
+  float top = -kInfinity;
+#pragma unroll
+  for (int j = 0; j < S::kChunks; ++j) {
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) top = larger(top, x[j][c]);
+  }
+#pragma unroll
+  for (int distance = S::kLanes / 2; distance > 0; distance /= 2) {
+    top = larger(top, __shfl_xor_sync(kAllLanes, top, distance));
+  }
+  return top;
+}
+
+template <typename S>
+__device__ __forceinline__ void list_survivors(const float (&x)[S::kChunks][kChunk], float bound,
+                                               Survivors<S::kLanes, S::kListed>& survivors) {
+#pragma unroll
+  for (int first = 0; first < S::kChunks; first += kMaskChunks) {
+    uint32_t mask = 0;
+#pragma unroll
+    for (int j = 0; j < kMaskChunks && first + j < S::kChunks; ++j) {
+#pragma unroll
+      for (int c = 0; c < kChunk; ++c) {
+        if (x[first + j][c] >= bound) mask |= 1u << (kChunk * j + c);
+      }
+    }
+    survivors.append(mask, first * kChunk * S::kLanes);
+  }
+}
+
+// What a group of lanes knows of its token once its survivors are listed.
+struct Candidates {
+  int count;
+  int32_t bound_key;
+  int32_t top_key;
+  Softmax softmax;
+};
+
+template <typename T, bool kBiased>
+__device__ __forceinline__ RowValues<T, kBiased> row_values(const RouteForward& call,
+                                                            const RouteOptions& options,
+                                                            int64_t token) {
+  RowValues<T, kBiased> row;
+  row.logits = static_cast<const T*>(call.logits) + token * call.experts;
+  row.bias = kBiased ? call.bias + token / call.tokens_per_bias * call.experts : nullptr;
+  row.experts = static_cast<int>(call.experts);
+  row.aligned = call.aligned;
+  row.score = options.score;
+  row.softmax = {0.0f, 1.0f};
+  return row;
+}
+
+// Lists the survivors of the row that a group of lanes holds. `ids` is the group's list. Returns
+// false in `fits` where they do not fit it.
+template <typename T, typename S, bool kBiased>
+__device__ __forceinline__ Candidates list_candidates(const RouteOptions& options,
+                                                      RowValues<T, kBiased>& row,
+                                                      const RegisterRow<T, S>& registers,
+                                                      uint32_t ids, uint32_t words, int lane,
+                                                      bool* fits) {
+  float x[S::kChunks][kChunk];
+  registers.unpack(x);
+  if (options.score == Score::kSoftmax && (kBiased || !options.renormalize)) {
+    row.softmax = softmax_of<S>(x, top_of<S>(x));
+  }
+  if constexpr (kBiased) {
+#pragma unroll
+    for (int j = 0; j < S::kChunks; ++j) {
+#pragma unroll
+      for (int c = 0; c < kChunk; ++c) {
+        const int e = (j * S::kLanes + lane) * kChunk + c;
+        if (e < row.experts) x[j][c] = row.value(x[j][c], e);
+      }
+    }
+  }
+  *fits = true;
+  if (row.experts <= S::kListed) {
+    for (int e = lane; e < row.experts; e += S::kLanes) store_shared_u16(ids + 2 * e, e);
+    return {row.experts, kLowestKey, INT32_MAX, row.softmax};
+  }
+  const Bound bound = bound_of<S>(x, static_cast<int>(options.k), words, lane);
+  Survivors<S::kLanes, S::kListed> survivors{ids, lane, 0};
+  list_survivors<S>(x, bound.bound, survivors);
+  *fits = !survivors.overflow() && bound.bound > -kInfinity;
+  return {survivors.count, key_from_float(bound.bound), bound.top_key, row.softmax};
+}
+
+// Shared memory of a warp that works on kTokens tokens at once.
+template <typename S, int kTokens>
+struct WarpScratch {
+  static constexpr int kStride = S::kListed + 2;  // a list has room for one more; even
+  RankScratch ranks;
+  uint16_t ids[kTokens * kStride];
+};
+
+__device__ __forceinline__ TokenContext context_of(int64_t token, bool real,
+                                                   const Candidates& found, uint32_t ids,
+                                                   uint32_t* bits) {
+  return {token,
+          real,
+          found.count,
+          unsigned_key(found.bound_key - 1),
+          unsigned_key(found.top_key),
+          found.softmax,
+          ids,
+          bits};
+}
+
+// The word of a list slot, for ranking.
+template <typename T, bool kBiased>
+struct WordAt {
+  const RowValues<T, kBiased>& row;
+  uint32_t ids;
+
+  __device__ __forceinline__ uint32_t operator()(int slot) const {
+    return Words<T, kBiased>::word(row, static_cast<int>(load_shared_u16(ids + 2 * slot)));
+  }
+};
+
+// Ranks and writes four tokens, eight lanes each.
+template <bool kDense, typename T, bool kBiased>
+__device__ __forceinline__ void rank_group(const RouteForward& call, const RouteOptions& options,
+                                           const TokenContext& context,
+                                           const RowValues<T, kBiased>& row, RankScratch& scratch,
+                                           int group, int lane) {
+  const WordAt<T, kBiased> word_at{row, context.ids};
+  if (__any_sync(kAllLanes, context.count > 16)) {
+    rank_and_write<kDense, 8, 4>(call, options, context, row, scratch, word_at, group, lane);
+  } else {
+    rank_and_write<kDense, 8, 2>(call, options, context, row, scratch, word_at, group, lane);
+  }
+}
+
+}  // namespace jax_router
+
+#endif  // JAX_ROUTER_CUDA_REGISTERS_CUH_

@@ -1,0 +1,155 @@
+// The forward for up to 1024 experts where a token has a warp to itself.
+
+#include <cstdint>
+
+#include "registers.cuh"
+#include "route.h"
+
+namespace jax_router {
+namespace {
+
+// With k <= 8 a warp lists the survivors of a few rows one after the other, the next row being
+// loaded meanwhile, and ranks and writes them together, eight lanes each.
+template <int kChunks>
+using JointShape = Shape<32, kChunks, 1, 32>;
+template <int kChunks>
+using SingleShape = Shape<32, kChunks, 2, 128>;
+
+constexpr int kMostRows = 4;
+constexpr int64_t kManyTokens = 8192;  // so many that every warp can take kMostRows of them
+
+template <typename T, typename S, bool kBiased, bool kDense>
+__global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 3 : 5)
+    route_joint_kernel(const __grid_constant__ RouteForward call,
+                       const __grid_constant__ RouteOptions options, int rows) {
+  using Scratch = WarpScratch<S, kMostRows>;
+  __shared__ Scratch scratches[kRegisterWarps];
+  extern __shared__ uint32_t bitmaps[];
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kRegisterWarps + warp) * rows;
+  if (first >= call.tokens) return;
+  const int tokens = static_cast<int>(min(int64_t{rows}, call.tokens - first));
+  Scratch& scratch = scratches[warp];
+  const uint32_t lists = shared_address(scratch.ids);
+  RowValues<T, kBiased> row = row_values<T, kBiased>(call, options, first);
+  RegisterRow<T, S> next;
+  next.load(row.logits, row.experts, call.aligned, lane);
+  const int words = kDense ? bitmap_words(call) : 0;
+  uint32_t* const bits = bitmaps + warp * kMostRows * words;
+  if constexpr (kDense) {
+    clear_bitmap(bits, tokens * words, lane);
+    clear_dense<T>(call, first, tokens, lane);
+  }
+
+  const int group = lane / 8;
+  Candidates mine{0, 0, 0, {0.0f, 1.0f}};
+  for (int r = 0; r < tokens; ++r) {
+    const RegisterRow<T, S> registers = next;
+    row = row_values<T, kBiased>(call, options, first + r);
+    if (r + 1 < tokens) next.load(row.logits + call.experts, row.experts, call.aligned, lane);
+    const uint32_t ids = lists + 2 * Scratch::kStride * r;
+    bool fits;
+    Candidates found = list_candidates<T, S, kBiased>(
+        options, row, registers, ids, shared_address(scratch.ranks.words), lane, &fits);
+    __syncwarp();
+    if (!fits) {
+      found.count = relist<S::kListed>(row, found.bound_key, found.top_key,
+                                       static_cast<int>(options.k), ids, lane);
+      __syncwarp();
+    }
+    if (group == r) mine = found;
+  }
+  const int64_t token = group < tokens ? first + group : call.tokens;
+  const int64_t present = group < tokens ? token : first;
+  row = row_values<T, kBiased>(call, options, present);
+  row.softmax = mine.softmax;
+  const bool real = call.where == nullptr || call.where[present];
+  const TokenContext context =
+      context_of(token, real, mine, lists + 2 * Scratch::kStride * group, bits + group * words);
+  rank_group<kDense>(call, options, context, row, scratch.ranks, group, lane % 8);
+  if (words > 0) {
+    __syncwarp();
+    write_bitmap(call, first, tokens, bits, words, lane);
+  }
+}
+
+template <typename T, typename S, bool kBiased, bool kDense>
+__global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : 8)
+    route_single_kernel(const __grid_constant__ RouteForward call,
+                        const __grid_constant__ RouteOptions options) {
+  using Scratch = WarpScratch<S, 1>;
+  __shared__ Scratch scratches[kRegisterWarps];
+  extern __shared__ uint32_t bitmaps[];
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kRegisterWarps + warp;
+  if (token >= call.tokens) return;
+  Scratch& scratch = scratches[warp];
+  const uint32_t ids = shared_address(scratch.ids);
+  RowValues<T, kBiased> row = row_values<T, kBiased>(call, options, token);
+  RegisterRow<T, S> registers;
+  registers.load(row.logits, row.experts, call.aligned, lane);
+  const bool real = call.where == nullptr || call.where[token];
+  const int words = kDense ? bitmap_words(call) : 0;
+  uint32_t* const bits = bitmaps + warp * words;
+  if constexpr (kDense) {
+    clear_bitmap(bits, words, lane);
+    clear_dense<T>(call, token, 1, lane);
+  }
+  bool fits;
+  Candidates found = list_candidates<T, S, kBiased>(
+      options, row, registers, ids, shared_address(scratch.ranks.words), lane, &fits);
+  __syncwarp();
+  if (!fits) {
+    found.count = relist<S::kListed>(row, found.bound_key, found.top_key,
+                                     static_cast<int>(options.k), ids, lane);
+    __syncwarp();
+  }
+  finish_token<kDense>(call, options, context_of(token, real, found, ids, bits), row, scratch.ranks,
+                       WordAt<T, kBiased>{row, ids}, lane);
+  if (words > 0) {
+    __syncwarp();
+    write_bitmap(call, token, 1, bits, words, lane);
+  }
+}
+
+// The launch of either kernel: `rows` rows a warp.
+template <typename Kernel, typename... Args>
+cudaError_t launch(Kernel kernel, int rows, cudaStream_t stream, const RouteForward& call,
+                   const Args&... args) {
+  const int64_t block_tokens = int64_t{kRegisterWarps} * rows;
+  const unsigned blocks = static_cast<unsigned>((call.tokens + block_tokens - 1) / block_tokens);
+  const size_t bytes = sizeof(uint32_t) * kRegisterWarps * kMostRows * bitmap_words(call);
+  kernel<<<blocks, kRegisterWarps * kWarpSize, bytes, stream>>>(call, args...);
+  return cudaGetLastError();
+}
+
+template <typename T, int kChunks>
+cudaError_t launch_chunks(const RouteForward& call, const RouteOptions& options,
+                          cudaStream_t stream) {
+  return with_bool(call.bias != nullptr, [&](auto biased) {
+    return with_bool(call.probs != nullptr, [&](auto dense) {
+      if (options.k > 8) {
+        const auto kernel = route_single_kernel<T, SingleShape<kChunks>, biased.value, dense.value>;
+        return launch(kernel, 1, stream, call, options);
+      }
+      const int rows = call.tokens >= kManyTokens ? kMostRows : 1;
+      const auto kernel = route_joint_kernel<T, JointShape<kChunks>, biased.value, dense.value>;
+      return launch(kernel, rows, stream, call, options, rows);
+    });
+  });
+}
+
+}  // namespace
+
+cudaError_t launch_route_warp(const RouteForward& call, const RouteOptions& options,
+                              cudaStream_t stream) {
+  return with_type(call.logits_type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (call.experts <= 512) return launch_chunks<T, 4>(call, options, stream);
+    return launch_chunks<T, 8>(call, options, stream);
+  });
+}
+
+}  // namespace jax_router

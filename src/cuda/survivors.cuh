@@ -1,0 +1,163 @@
+// Exact top-k of a row by a bound.
+//
+// The row is read as classes: each lane owns a few, and an element belongs to a class by its
+// position alone. The k-th largest of the class maxima is a lower bound of the k-th largest
+// element, so only elements that reach it can be chosen: on random rows about k and a few. These
+// survivors are listed in ascending order of index and sorted. Where they are too many for the list
+// (ties, or rows made to defeat the classes) the bound is raised until they fit.
+
+#ifndef JAX_ROUTER_CUDA_SURVIVORS_CUH_
+#define JAX_ROUTER_CUDA_SURVIVORS_CUH_
+
+#include <cstdint>
+
+#include "network.cuh"
+#include "row.cuh"
+#include "scalar.h"
+#include "warp.cuh"
+
+namespace jax_router {
+
+// ---- lists of survivors ----
+
+inline constexpr int kMaskChunks = 8;  // chunks whose elements one 32-bit mask covers
+
+// A list of up to kSize indices for each group of kLanes lanes, in shared memory. There is room for
+// one more, where indices go that do not fit.
+template <int kLanes, int kSize>
+struct Survivors {
+  uint32_t ids;  // shared address of 16-bit indices, the group's own
+  int lane;      // in the group
+  int count;     // the same in every lane of the group
+
+  __device__ __forceinline__ bool overflow() const { return count > kSize; }
+
+  // Appends what is set in `mask`: bit 4 j + c is element (j * kLanes + lane) * 4 + c past `first`.
+  __device__ __forceinline__ void append(uint32_t mask, int first) {
+    const int mine = __popc(mask);
+    int before = mine;
+#pragma unroll
+    for (int distance = 1; distance < kLanes; distance *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, before, distance, kLanes);
+      if (lane >= distance) before += other;
+    }
+    uint32_t slot = count + before - mine;
+    const uint32_t base = first + lane * kChunk;
+    while (mask != 0) {
+      const uint32_t bit = __ffs(static_cast<int>(mask)) - 1;
+      mask &= mask - 1;
+      const uint32_t element = base + bit + (bit & ~3u) * (kLanes - 1);
+      store_shared_u16(ids + 2 * smaller(slot, uint32_t{kSize}), element);
+      ++slot;
+    }
+    count += __shfl_sync(kAllLanes, before, kLanes - 1, kLanes);
+  }
+};
+
+// ---- rows with too many survivors, by a whole warp ----
+
+// How many values of the row are at least `limit`.
+template <typename Row>
+__device__ __forceinline__ int count_at_least(const Row& row, float limit, int lane) {
+  int reached = 0;
+#pragma unroll 4
+  for (int e = lane * kChunk; e < row.experts; e += kWarpSize * kChunk) {
+    float x[kChunk];
+    row.values(e, x);
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) reached += x[c] >= limit;
+  }
+  return __reduce_add_sync(kAllLanes, reached);
+}
+
+// Between two keys: half way in value or, every other time, in the number of floats, so that
+// neither a wide range nor a narrow one takes long.
+__device__ __forceinline__ int64_t between(int64_t low, int64_t high, bool by_value) {
+  if (by_value) {
+    const float a = float_from_key(static_cast<int32_t>(low));
+    const float b = float_from_key(static_cast<int32_t>(high - 1));
+    const int32_t next = key_from_float(0.5f * a + 0.5f * b);
+    if (next > low && next < high) return next;
+  }
+  return (low + high) / 2;
+}
+
+// Lists the values of at least `limit`.
+template <typename Row, int kSize>
+__device__ __forceinline__ void append_at_least(const Row& row, float limit,
+                                                Survivors<kWarpSize, kSize>& survivors) {
+  for (int first = 0; first < row.experts; first += kMaskChunks * kChunk * kWarpSize) {
+    uint32_t mask = 0;
+#pragma unroll
+    for (int j = 0; j < kMaskChunks; ++j) {
+      float x[kChunk];
+      row.values(first + (j * kWarpSize + survivors.lane) * kChunk, x);
+#pragma unroll
+      for (int c = 0; c < kChunk; ++c) {
+        if (x[c] >= limit) mask |= 1u << (kChunk * j + c);
+      }
+    }
+    survivors.append(mask, first);
+  }
+}
+
+// Lists the k largest keys, of which the last ones equal `kth`: everything above it, fewer than k,
+// and of the ties the lowest indices.
+template <typename Row>
+__device__ __forceinline__ void list_with_ties(const Row& row, int32_t kth, int k, uint32_t ids,
+                                               int lane) {
+  int above = 0;
+  for (int e = lane; e < row.experts; e += kWarpSize) above += row.key(e) > kth;
+  above = __reduce_add_sync(kAllLanes, above);
+  int taken = 0;
+  int ties_left = k - above;
+  for (int begin = 0; begin < row.experts && taken < k; begin += kWarpSize) {
+    const int e = begin + lane;
+    const int32_t key = e < row.experts ? row.key(e) : kNoKey;
+    const unsigned ties = __ballot_sync(kAllLanes, key == kth);
+    const bool take = key > kth || (key == kth && __popc(ties & lanes_below(lane)) < ties_left);
+    const unsigned takes = __ballot_sync(kAllLanes, take);
+    if (take) store_shared_u16(ids + 2 * (taken + __popc(takes & lanes_below(lane))), e);
+    taken += __popc(takes);
+    ties_left -= __popc(ties);
+  }
+}
+
+// Raises the bound of a row until at most kSize values reach it, or until it is the k-th largest
+// itself, and lists what is left. Returns how many that are.
+template <int kSize, typename Row>
+__device__ __noinline__ int relist(const Row row, int32_t bound, int32_t top, int k, uint32_t ids,
+                                   int lane) {
+  int64_t low = bound;              // at least k values reach it
+  int64_t high = int64_t{top} + 1;  // fewer than k do
+  int reaching = INT32_MAX;
+  bool by_value = false;
+  for (int64_t next = low + 1; reaching > kSize && high - low > 1;
+       next = between(low, high, by_value)) {
+    // As floats the two zeros are equal, so that 0 stands for both.
+    const int count = count_at_least(row, float_from_key(static_cast<int32_t>(next)), lane);
+    if (count >= k) {
+      low = next;
+      reaching = count;
+    } else {
+      high = next;
+    }
+    by_value = !by_value;
+  }
+  if (reaching <= kSize) {
+    Survivors<kWarpSize, kSize> survivors{ids, lane, 0};
+    append_at_least(row, float_from_key(static_cast<int32_t>(low)), survivors);
+    return survivors.count;
+  }
+  if (low == key_from_float(0.0f)) {
+    int reached = 0;
+    for (int e = lane; e < row.experts; e += kWarpSize) reached += row.key(e) >= low;
+    if (__reduce_add_sync(kAllLanes, reached) < k) --low;  // -0
+  }
+  list_with_ties(row, static_cast<int32_t>(low), k, ids, lane);
+  return k;
+}
+
+}  // namespace jax_router
+
+#endif  // JAX_ROUTER_CUDA_SURVIVORS_CUH_

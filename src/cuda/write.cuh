@@ -1,0 +1,218 @@
+// The results of one token, from its sorted survivors.
+
+#ifndef JAX_ROUTER_CUDA_WRITE_CUH_
+#define JAX_ROUTER_CUDA_WRITE_CUH_
+
+#include <cstdint>
+
+#include "dense.cuh"
+#include "options.h"
+#include "rank.cuh"
+#include "row.cuh"
+#include "scalar.h"
+#include "warp.cuh"
+
+namespace jax_router {
+
+// Sum over the slots of a group of lanes, in an order that depends on the slots alone: pairwise at
+// distance 1, 2, 4 ...
+template <int kLanes, int kSlots>
+__device__ __forceinline__ float sum_of_slots(const float (&x)[kSlots]) {
+  float sums[kSlots];
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) sums[i] = x[i];
+#pragma unroll
+  for (int distance = 1; distance < kSlots; distance *= 2) {
+#pragma unroll
+    for (int i = 0; i < kSlots; i += 2 * distance) sums[i] = add(sums[i], sums[i + distance]);
+  }
+#pragma unroll
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+    sums[0] = add(sums[0], __shfl_xor_sync(kAllLanes, sums[0], distance));
+  }
+  return sums[0];
+}
+
+template <int kLanes, int kSlots>
+__device__ __forceinline__ float largest_of_slots(const float (&x)[kSlots]) {
+  float largest = x[0];
+#pragma unroll
+  for (int i = 1; i < kSlots; ++i) largest = larger(largest, x[i]);
+#pragma unroll
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+    largest = larger(largest, __shfl_xor_sync(kAllLanes, largest, distance));
+  }
+  return largest;
+}
+
+// What the survivors of a token are sorted and weighed with.
+struct TokenContext {
+  int64_t token;
+  bool real;      // not padding
+  int count;      // survivors
+  uint32_t base;  // no word of theirs is below
+  uint32_t top;   // none is above
+  Softmax softmax;
+  uint32_t ids;    // shared address of the survivors' indices
+  uint32_t* bits;  // the token's row of a bitmap, clear, where one is asked for
+};
+
+// Writes the first k slots of a token. `values` are what the slots were compared by, `logits` their
+// logits, both with NaN as -inf.
+template <typename T, bool kDense, int kLanes, int kSlots>
+__device__ __forceinline__ void write_slots(const RouteForward& call, const RouteOptions& options,
+                                            const TokenContext& context,
+                                            const int (&experts)[kSlots],
+                                            const float (&values)[kSlots],
+                                            const float (&logits)[kSlots], int lane) {
+  const int k = static_cast<int>(options.k);
+  const int64_t token = context.token;
+  const bool real = context.real;
+  const Softmax& softmax = context.softmax;
+  const bool uniform = !(__shfl_sync(kAllLanes, values[0], 0, kLanes) > -kInfinity);
+  float weights[kSlots];
+  bool active[kSlots];
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    active[i] = lane * kSlots + i < k && values[i] > -kInfinity;
+    weights[i] = active[i] ? smaller(logits[i], kLargest) : -kInfinity;
+  }
+  float divisor = 1.0f;
+  float normalizer = 1.0f;
+  if (options.score == Score::kSoftmax) {
+    float largest = softmax.largest;
+    if (options.renormalize) largest = larger(largest_of_slots<kLanes>(weights), -kLargest);
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) weights[i] = exp_nonpositive(add(weights[i], -largest));
+    divisor = softmax.total;
+    normalizer = softmax.total;
+    if (options.renormalize) {
+      const float total = sum_of_slots<kLanes>(weights);
+      divisor = total > 0.0f ? total : 1.0f;
+      normalizer = 1.0f;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      weights[i] = active[i] ? elementwise_score(weights[i], options.score) : 0.0f;
+    }
+    if (options.renormalize) {
+      divisor = sum_of_slots<kLanes>(weights) + kEpsilon;
+      normalizer = divisor;
+    }
+  }
+  if (token >= call.tokens) return;
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    const int slot = lane * kSlots + i;
+    if (slot >= k) continue;
+    // Adding 0 turns an honest -0 into +0: -0 marks a slot without gradient.
+    float weight = weights[i] / divisor * options.scale + 0.0f;
+    if (!active[i]) weight = -0.0f;
+    if (uniform) weight = 1.0f / static_cast<float>(k);
+    if (!real) weight = 0.0f;
+    const int expert = real ? experts[i] : static_cast<int>(call.experts);
+    call.weights[token * k + slot] = weight;
+    store_index(call.indices, call.index_bytes, token * k + slot, expert);
+    if constexpr (kDense) {
+      if (real) store_dense<T>(call, token, expert, weight, context.bits);
+    }
+  }
+  if (lane == 0) {
+    call.normalizer[token] = uniform || !real ? __int_as_float(0x7fc00000) : normalizer;
+  }
+}
+
+// Shared memory of a warp for ranking: keys as they are listed, then keys and indices by rank.
+struct alignas(16) RankScratch {
+  uint32_t words[128];
+  uint2 sorted[kWarpSize];
+};
+
+// The logit of a chosen expert from what it was compared by.
+template <typename T, bool kBiased>
+__device__ __forceinline__ float chosen_logit(const RowValues<T, kBiased>& row, int expert,
+                                              float value) {
+  return kBiased ? larger(to_float(row.logits[expert]), -kInfinity) : value;
+}
+
+// Sorts the survivors of a token by ranking, up to kLanes * kSlots of them, and writes its results;
+// k <= kLanes. `word_at` gives the word of a list slot, `group` is the token's number in the warp.
+template <bool kDense, int kLanes, int kSlots, typename T, bool kBiased, typename WordAt>
+__device__ __forceinline__ void rank_and_write(
+    const RouteForward& call, const RouteOptions& options, const TokenContext& context,
+    const RowValues<T, kBiased>& row, RankScratch& scratch, WordAt word_at, int group, int lane) {
+  using Order = Words<T, kBiased>;
+  uint32_t words[kSlots];
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    const int slot = lane * kSlots + i;
+    words[i] = slot < context.count ? word_at(slot) : 0;
+  }
+  int ranks[kSlots];
+  const uint32_t shared = shared_address(scratch.words + group * kLanes * kSlots);
+  rank_words<kLanes, kSlots, Order::kUnique>(words, context.count, shared, context.ids, lane,
+                                             ranks);
+  const int k = static_cast<int>(options.k);
+  uint2* sorted = scratch.sorted + group * kLanes;
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    const int slot = lane * kSlots + i;
+    if (slot >= context.count || ranks[i] >= k) continue;
+    sorted[ranks[i]] = {words[i], load_shared_u16(context.ids + 2 * slot)};
+  }
+  __syncwarp();
+  const uint2 mine = lane < k ? sorted[lane] : make_uint2(0, 0);
+  const int experts[1] = {static_cast<int>(mine.y)};
+  const float values[1] = {Order::value(mine.x)};
+  const float logits[1] = {chosen_logit(row, experts[0], values[0])};
+  write_slots<T, kDense, kLanes>(call, options, context, experts, values, logits, lane);
+}
+
+// The same for more survivors, by a sorting network; one token a warp.
+template <bool kDense, int kSlots, typename T, bool kBiased, typename WordAt>
+__device__ __forceinline__ void sort_and_write(const RouteForward& call,
+                                               const RouteOptions& options,
+                                               const TokenContext& context,
+                                               const RowValues<T, kBiased>& row, WordAt word_at,
+                                               int lane) {
+  using Order = Words<T, kBiased>;
+  uint32_t words[kSlots];
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    const int slot = lane * kSlots + i;
+    words[i] = slot < context.count ? word_at(slot) : 0;
+  }
+  Chosen sorted[kSlots];
+  sort_words<kSlots, Order::kUnique>(words, context.count, context.base, context.top, context.ids,
+                                     lane, sorted);
+  int experts[kSlots];
+  float values[kSlots];
+  float logits[kSlots];
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    experts[i] = lane * kSlots + i < options.k ? sorted[i].expert : 0;
+    values[i] = Order::value(sorted[i].word);
+    logits[i] = chosen_logit(row, experts[i], values[i]);
+  }
+  write_slots<T, kDense, kWarpSize>(call, options, context, experts, values, logits, lane);
+}
+
+// Any number of survivors up to 128, one token a warp.
+template <bool kDense, typename T, bool kBiased, typename WordAt>
+__device__ __forceinline__ void finish_token(const RouteForward& call, const RouteOptions& options,
+                                             const TokenContext& context,
+                                             const RowValues<T, kBiased>& row, RankScratch& scratch,
+                                             WordAt word_at, int lane) {
+  if (context.count <= kWarpSize) {
+    rank_and_write<kDense, kWarpSize, 1>(call, options, context, row, scratch, word_at, 0, lane);
+  } else if (context.count <= 2 * kWarpSize) {
+    sort_and_write<kDense, 2>(call, options, context, row, word_at, lane);
+  } else {
+    sort_and_write<kDense, 4>(call, options, context, row, word_at, lane);
+  }
+}
+
+}  // namespace jax_router
+
+#endif  // JAX_ROUTER_CUDA_WRITE_CUH_
