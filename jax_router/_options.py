@@ -58,6 +58,11 @@ class RouteOptions(NamedTuple):
   scale: float
   groups: Groups | None
 
+  @property
+  def dense_gradient(self) -> bool:
+    """Whether every expert gets a gradient, so that the backward must see the logits."""
+    return self.score == "softmax" and not self.renormalize
+
 
 def check_array(name: str, value: Any) -> jax.Array:
   """`value` as a jax.Array; TypeError if it is not an array."""

@@ -261,7 +261,7 @@ def route_backward(
   p = jnp.where(active, weights * inverse_scale, zero)
   h = jnp.where(active, cotangent * scale, zero)
   mean = jnp.sum(h * p, axis=-1, keepdims=True)
-  if options.score == "softmax" and not options.renormalize:
+  if options.dense_gradient:
     assert logits is not None
     alive = ~jnp.isnan(normalizer)
     total = jnp.where(alive, normalizer, np.float32(1))[..., None]
