@@ -135,6 +135,12 @@ def route_dense_and_gradient(implementation):
 
 
 @pytest.fixture
+def kernel_route_dense_and_gradient(kernel):
+  """`route_dense_and_gradient` of the kernels only."""
+  return _differentiator("route_dense", kernel)
+
+
+@pytest.fixture
 def rng():
   """Random numbers, the same in every run."""
   return np.random.default_rng(2024)
