@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import jax_router
 
@@ -138,6 +139,19 @@ def route_dense_and_gradient(implementation):
 def kernel_route_dense_and_gradient(kernel):
   """`route_dense_and_gradient` of the kernels only."""
   return _differentiator("route_dense", kernel)
+
+
+@pytest.fixture
+def make_mesh():
+  """`(kind, sizes) -> Mesh` over 8 devices with axes "d" and, for two sizes, "m"."""
+  if len(jax.devices()) < 8:
+    pytest.skip("sharding is tested on 8 devices of the default backend")
+
+  def make(kind: AxisType, sizes: tuple[int, ...] = (8,)):
+    names = ("d", "m")[: len(sizes)]
+    return jax.make_mesh(sizes, names, (kind,) * len(sizes), devices=jax.devices()[:8])
+
+  return make
 
 
 @pytest.fixture
