@@ -92,12 +92,21 @@ def test_sizes_of_every_implementation(routers, experts, k):
   check_size(routers, experts, k)
 
 
-@pytest.mark.parametrize("score, renormalize", oracle.VARIANTS)
-def test_kinds_of_logits(routers, score, renormalize):
+def check_kinds(routers, score, renormalize):
   dtype = DTYPES[oracle.VARIANTS.index((score, renormalize)) % 3]
   for kind in shapes.FINITE_KINDS + shapes.SPECIAL_KINDS:
     logits = shapes.make_logits(kind, 24, 33, dtype)
     check(routers, logits, 8, score=score, renormalize=renormalize)
+
+
+@pytest.mark.parametrize("score, renormalize", oracle.VARIANTS)
+def test_kinds_of_logits(kernel_routers, score, renormalize):
+  check_kinds(kernel_routers, score, renormalize)
+
+
+@pytest.mark.parametrize("score, renormalize", oracle.VARIANTS[::3])
+def test_kinds_of_every_implementation(routers, score, renormalize):
+  check_kinds(routers, score, renormalize)
 
 
 @pytest.mark.slow
@@ -119,20 +128,14 @@ def test_models(kernel_routers, rng, model):
 @pytest.mark.parametrize("name", golden.CASES)
 def test_golden_vectors(route_dense_and_gradient, name):
   k, options, experts, weights, slots = golden.CASES[name]
-  for map_format in FORMATS:
-    options = options | {"map_format": map_format}
-    got, gradient = route_dense_and_gradient(
-      golden.LOGITS, k, golden.COTANGENT, scale=golden.SCALE, **options
-    )
-    want = dict(zip(experts, weights, strict=True))
-    np.testing.assert_allclose(got.probs, [want.get(e, 0) for e in range(8)], rtol=2e-7, atol=1e-7)
-    if map_format == "bytemap":
-      assert np.flatnonzero(got.routing_map).tolist() == sorted(experts)
-    else:
-      assert got.routing_map.tolist() == [sum(1 << e for e in experts)]
-    if slots is not None:
-      want = [slots.get(e, 0) for e in range(8)]
-      np.testing.assert_allclose(gradient, want, rtol=1e-6, atol=1.1e-7)
+  options = options | {"map_format": "bitmap", "scale": golden.SCALE}
+  got, gradient = route_dense_and_gradient(golden.LOGITS, k, golden.COTANGENT, **options)
+  want = dict(zip(experts, weights, strict=True))
+  np.testing.assert_allclose(got.probs, [want.get(e, 0) for e in range(8)], rtol=2e-7, atol=1e-7)
+  assert got.routing_map.tolist() == [sum(1 << e for e in experts)]
+  if slots is not None:
+    want = [slots.get(e, 0) for e in range(8)]
+    np.testing.assert_allclose(gradient, want, rtol=1e-6, atol=1.1e-7)
 
 
 @pytest.mark.parametrize("scale", (-1.5, 0.0))
@@ -178,8 +181,7 @@ def test_result_unpacks_and_is_a_named_tuple(route_dense):
 # ---- bias, groups, where, given experts ----
 
 
-@pytest.mark.parametrize("score, renormalize", oracle.VARIANTS)
-def test_bias_groups_and_padding(routers, rng, score, renormalize):
+def check_bias_groups_and_padding(routers, rng, score, renormalize):
   options = {
     "score": score,
     "renormalize": renormalize,
@@ -192,6 +194,32 @@ def test_bias_groups_and_padding(routers, rng, score, renormalize):
     check(routers, shapes.make_logits(kind, 60, 40), 6, **options)
 
 
+def check_given_experts(routers, rng, score, renormalize):
+  """Out of range, and twice in one row."""
+  dtype = DTYPES[oracle.VARIANTS.index((score, renormalize)) % 3]
+  experts = rng.integers(-3, 28, size=(60, 6)).astype(np.int32)
+  experts[:4] = [[5] * 6, [24] * 6, [-1] * 6, [2, 2, -(2**31), 2**31 - 1, 7, 2]]
+  for kind in ("random", "nan", "dead"):
+    logits = shapes.make_logits(kind, 60, 24, dtype)
+    options = {"score": score, "renormalize": renormalize, "experts": experts, "scale": 0.5}
+    check(routers, logits, 6, **options)
+
+
+OPERANDS = (check_bias_groups_and_padding, check_given_experts)
+
+
+@pytest.mark.parametrize("check_operands", OPERANDS)
+@pytest.mark.parametrize("score, renormalize", oracle.VARIANTS)
+def test_operands(kernel_routers, rng, score, renormalize, check_operands):
+  check_operands(kernel_routers, rng, score, renormalize)
+
+
+@pytest.mark.parametrize("check_operands", OPERANDS)
+@pytest.mark.parametrize("score, renormalize", oracle.VARIANTS[1::3])
+def test_operands_of_every_implementation(routers, rng, score, renormalize, check_operands):
+  check_operands(routers, rng, score, renormalize)
+
+
 def test_padding_is_zero_in_probs_and_map(route_dense):
   logits = shapes.make_logits("random", 6, 9)
   where = np.array([True, False, True, False, False, True])
@@ -200,17 +228,6 @@ def test_padding_is_zero_in_probs_and_map(route_dense):
     assert (np.asarray(got.probs)[~where] == 0).all() and (np.asarray(got.probs)[where] > 0).any()
     assert (np.asarray(got.routing_map)[~where] == 0).all()
     assert np.asarray(got.routing_map)[where].any(axis=-1).all()
-
-
-@pytest.mark.parametrize("score, renormalize", oracle.VARIANTS)
-def test_given_experts_out_of_range_and_twice(routers, rng, score, renormalize):
-  dtype = DTYPES[oracle.VARIANTS.index((score, renormalize)) % 3]
-  experts = rng.integers(-3, 28, size=(60, 6)).astype(np.int32)
-  experts[:4] = [[5] * 6, [24] * 6, [-1] * 6, [2, 2, -(2**31), 2**31 - 1, 7, 2]]
-  for kind in ("random", "nan", "dead"):
-    logits = shapes.make_logits(kind, 60, 24, dtype)
-    options = {"score": score, "renormalize": renormalize, "experts": experts, "scale": 0.5}
-    check(routers, logits, 6, **options)
 
 
 def test_map_holds_slots_of_weight_zero(route_dense):

@@ -91,7 +91,7 @@ def test_vmap_over_any_axis_and_operand_is_one_call(rng, names, in_axes, out_axe
   assert calls(batched, *args) == (1, 1)
 
 
-@pytest.mark.parametrize("options", ({}, {"renormalize": False}, {"score": "sigmoid"}))
+@pytest.mark.parametrize("options", ({"renormalize": False}, {"score": "sigmoid"}))
 def test_nested_vmap_and_gradient_of_vmap(options):
   logits = make_logits(2, 3, 4, EXPERTS)
   route = functools.partial(jax_router.route_dense, k=3, map_format="bitmap", **options)
