@@ -87,7 +87,7 @@ def test_sizes(kernel_routers, experts, k):
   check_size(kernel_routers, experts, k)
 
 
-@pytest.mark.parametrize("experts, k", SIZES[::6])
+@pytest.mark.parametrize("experts, k", SIZES[1::9])
 def test_sizes_of_every_implementation(routers, experts, k):
   check_size(routers, experts, k)
 
@@ -139,9 +139,9 @@ def test_golden_vectors(route_dense_and_gradient, name):
 
 
 @pytest.mark.parametrize("scale", (-1.5, 0.0))
-def test_scale(routers, scale):
+def test_scale(kernel_routers, scale):
   logits = shapes.make_logits("random", 9, 20, ml_dtypes.bfloat16)
-  check(routers, logits, 6, scale=scale)
+  check(kernel_routers, logits, 6, scale=scale)
 
 
 # ---- shapes ----
@@ -155,18 +155,18 @@ def test_no_tokens(route_dense):
       assert got.routing_map.shape == (*shape[:-1], width)
 
 
-def test_leading_dimensions_are_tokens(route_dense, rng):
+def test_leading_dimensions_are_tokens(kernel_route_dense, rng):
   bias, where = rng.normal(size=20).astype(np.float32), rng.random(30) < 0.7
   flat = shapes.make_logits("random", 30, 20)
   for map_format, operands in zip(FORMATS, ({}, {"bias": bias}), strict=True):
     fixed = operands | {"map_format": map_format, "score": "sigmoid"}
-    want = route_dense(flat, 5, where=where, **fixed)
+    want = kernel_route_dense(flat, 5, where=where, **fixed)
     for lead in ((2, 3, 5), (1, 30, 1)):
-      got = route_dense(flat.reshape(*lead, 20), 5, where=where.reshape(lead), **fixed)
+      got = kernel_route_dense(flat.reshape(*lead, 20), 5, where=where.reshape(lead), **fixed)
       for a, b in zip(got, want, strict=True):
         assert a.shape == (*lead, b.shape[-1])
         np.testing.assert_array_equal(np.reshape(a, b.shape), b)
-    one = route_dense(flat[4], 5, **fixed)
+    one = kernel_route_dense(flat[4], 5, **fixed)
     assert one.probs.shape == (20,) and one.routing_map.ndim == 1
     oracle.check_dense(one, flat[4], 5, **fixed)
 
@@ -215,7 +215,7 @@ def test_operands(kernel_routers, rng, score, renormalize, check_operands):
 
 
 @pytest.mark.parametrize("check_operands", OPERANDS)
-@pytest.mark.parametrize("score, renormalize", oracle.VARIANTS[1::3])
+@pytest.mark.parametrize("score, renormalize", oracle.VARIANTS[1::5])
 def test_operands_of_every_implementation(routers, rng, score, renormalize, check_operands):
   check_operands(routers, rng, score, renormalize)
 
@@ -245,19 +245,21 @@ def test_map_holds_slots_of_weight_zero(route_dense):
 
 @pytest.mark.parametrize("map_format", FORMATS)
 @pytest.mark.parametrize("tokens, experts, k", ((257, 130, 9), (3, 2304, 36)))
-def test_repeats_are_identical_and_fully_written(route_dense, map_format, tokens, experts, k):
+def test_repeats_are_identical_and_fully_written(
+  kernel_route_dense, map_format, tokens, experts, k
+):
   logits = jnp.asarray(shapes.make_logits("random", tokens, experts))
   given = np.random.default_rng(0).integers(0, experts, size=(tokens, k)).astype(np.int32)
   for options in ({}, {"experts": given}):
     options = options | {"map_format": map_format}
-    first = jax.device_get(route_dense(logits, k, **options))
+    first = jax.device_get(kernel_route_dense(logits, k, **options))
     oracle.check_dense(first, logits, k, **options)
     for i in range(20):
       # Freed arrays of the same size full of rubbish are what an unwritten result would show.
       rubbish = [jnp.full(x.shape, 1 + i % 2, x.dtype) for x in first]
       jax.block_until_ready(rubbish)
       del rubbish
-      got = jax.device_get(route_dense(logits, k, **options))
+      got = jax.device_get(kernel_route_dense(logits, k, **options))
       assert all(a.tobytes() == b.tobytes() for a, b in zip(got, first, strict=True))
 
 

@@ -240,7 +240,6 @@ def test_export_with_a_symbolic_batch_and_two_platforms(rng, map_format):
 WIDE = 36  # 5 bytes of a bitmap
 LAYOUTS = {
   "tokens": ((8,), (64, WIDE), ("d", None)),
-  "tokens over two axes": ((4, 2), (64, WIDE), (("d", "m"), None)),
   "batch and sequence": ((4, 2), (4, 16, WIDE), ("d", "m", None)),
 }
 
