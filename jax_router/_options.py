@@ -13,6 +13,7 @@ import numpy as np
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "none")
 GROUP_SCORES = ("top2", "max", "sum")
+MAP_FORMATS = ("bytemap", "bitmap")
 IMPLEMENTATIONS = ("cpu", "cuda", "reference")
 LOGITS_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -28,6 +29,19 @@ class Routing(NamedTuple):
 
   weights: jax.Array
   experts: jax.Array
+
+
+class DenseRouting(NamedTuple):
+  """The experts of each token as rows over all experts.
+
+  Attributes:
+    probs: `[..., E]` in the logits' dtype, the weights of the chosen experts, 0 elsewhere.
+    routing_map: which experts were chosen: bool `[..., E]` ("bytemap"), or uint8
+      `[..., ceil(E / 8)]`, least significant bit first, pad bits 0 ("bitmap").
+  """
+
+  probs: jax.Array
+  routing_map: jax.Array
 
 
 class Groups(NamedTuple):
@@ -57,6 +71,11 @@ class RouteOptions(NamedTuple):
   renormalize: bool
   scale: float
   groups: Groups | None
+
+  @property
+  def dense_gradient(self) -> bool:
+    """Whether every expert gets a gradient, so that the backward must see the logits."""
+    return self.score == "softmax" and not self.renormalize
 
 
 def check_array(name: str, value: Any) -> jax.Array:

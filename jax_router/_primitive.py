@@ -54,6 +54,25 @@ class Operation(NamedTuple):
   runs_on: Callable[..., bool] = lambda platform, avals, **params: True
 
 
+def reference_tangents(reference: Callable[..., Sequence[jax.Array]]):
+  """The rule `tangents` of an operation whose reference is differentiable in all its results."""
+
+  def tangents_of(operands, results, tangents, **params: Any):
+    del results
+    moving = [i for i, t in enumerate(tangents) if t is not None]
+
+    def function(*values):
+      full = list(operands)
+      for i, value in zip(moving, values, strict=True):
+        full[i] = value
+      return reference(*full, **params)
+
+    primals = tuple(operands[i] for i in moving)
+    return jax.jvp(function, primals, tuple(tangents[i] for i in moving))[1]
+
+  return tangents_of
+
+
 def make_primitive(operation: Operation) -> Callable[..., list[jax.Array]]:
   """Makes the primitive of `operation` and returns its bind function.
 

@@ -200,6 +200,30 @@ def route(
   return weights, experts, jnp.where(no_gradient, np.float32(np.nan), normalizer)
 
 
+def dense(
+  logits: jax.Array,
+  bias: jax.Array | None,
+  where: jax.Array | None,
+  experts: jax.Array | None,
+  *,
+  options: RouteOptions,
+  map_format: str,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Probs `[*B, T, E]` of the logits' dtype, the map of the chosen, and the results of `route`.
+
+  The map is `[*B, T, E]` bool ("bytemap") or `[*B, T, ceil(E / 8)]` uint8 ("bitmap").
+  """
+  num_experts = logits.shape[-1]
+  weights, experts, normalizer = route(
+    logits, bias, where, experts, options=options, index_dtype=np.dtype(np.int32)
+  )
+  probs = scatter(weights, experts, num_experts).astype(logits.dtype)
+  routing_map = scatter(jnp.ones_like(experts), experts, num_experts) > 0
+  if map_format == "bitmap":
+    routing_map = jnp.packbits(routing_map, axis=-1, bitorder="little")
+  return probs, routing_map, weights, experts, normalizer
+
+
 def active_slots(
   weights: jax.Array, experts: jax.Array, normalizer: jax.Array, num_experts: int
 ) -> jax.Array:
@@ -221,7 +245,7 @@ def _score_gradient(y: jax.Array, score: str) -> jax.Array:
   return jnp.ones_like(y)
 
 
-def _scatter(values: jax.Array, experts: jax.Array, num_experts: int) -> jax.Array:
+def scatter(values: jax.Array, experts: jax.Array, num_experts: int) -> jax.Array:
   """Adds `values` `[..., k]` up into rows `[..., E]`; experts out of range are dropped."""
 
   def row(values, experts):
@@ -261,12 +285,12 @@ def route_backward(
   p = jnp.where(active, weights * inverse_scale, zero)
   h = jnp.where(active, cotangent * scale, zero)
   mean = jnp.sum(h * p, axis=-1, keepdims=True)
-  if options.score == "softmax" and not options.renormalize:
+  if options.dense_gradient:
     assert logits is not None
     alive = ~jnp.isnan(normalizer)
     total = jnp.where(alive, normalizer, np.float32(1))[..., None]
     y = _exp_normalize(_float32(logits), total)[0]
-    gradient = jnp.where(alive[..., None], y * (_scatter(h, experts, num_experts) - mean), zero)
+    gradient = jnp.where(alive[..., None], y * (scatter(h, experts, num_experts) - mean), zero)
     return gradient.astype(dtype)
   if options.score == "softmax":
     slot_gradient = p * (h - mean)
@@ -277,4 +301,24 @@ def route_backward(
       h = (h - mean) / divisor
     slot_gradient = h * _score_gradient(y, options.score)
   slot_gradient = jnp.where(active, slot_gradient, zero)
-  return _scatter(slot_gradient, experts, num_experts).astype(dtype)
+  return scatter(slot_gradient, experts, num_experts).astype(dtype)
+
+
+def dense_backward(
+  cotangent: jax.Array,
+  weights: jax.Array,
+  experts: jax.Array,
+  normalizer: jax.Array,
+  logits: jax.Array | None,
+  *,
+  options: RouteOptions,
+  num_experts: int,
+  dtype: np.dtype,
+) -> jax.Array:
+  """The same for a cotangent `[*B, T, E]` of probs, of which only the chosen entries are read."""
+  in_range = jnp.minimum(experts, num_experts - 1)
+  slots = jnp.take_along_axis(cotangent, in_range, axis=-1).astype(jnp.float32)
+  return route_backward(
+    slots, weights, experts, normalizer, logits,
+    options=options, num_experts=num_experts, dtype=dtype,
+  )  # fmt: skip

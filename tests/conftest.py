@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import jax_router
 
@@ -53,16 +54,18 @@ def kernel(request, cuda_device):
 
 
 @functools.cache
-def _compiled(differentiate: bool, k: int, static: tuple):
-  def weights_and_experts(logits, operands):
-    result = jax_router.route(logits, k, **operands, **dict(static))
-    return result.weights, result
+def _compiled(word: str, differentiate: bool, k: int, static: tuple):
+  function = getattr(jax_router, word)
+
+  def values_and_result(logits, operands):
+    result = function(logits, k, **operands, **dict(static))
+    return result[0], result
 
   def forward(logits, operands):
-    return weights_and_experts(logits, operands)[1]
+    return values_and_result(logits, operands)[1]
 
   def forward_and_gradient(logits, cotangent, operands):
-    _, vjp, result = jax.vjp(lambda x: weights_and_experts(x, operands), logits, has_aux=True)
+    _, vjp, result = jax.vjp(lambda x: values_and_result(x, operands), logits, has_aux=True)
     return result, vjp(cotangent)[0]
 
   return jax.jit(forward_and_gradient if differentiate else forward)
@@ -74,18 +77,18 @@ def _split(options: dict) -> tuple[tuple, dict]:
   return tuple(sorted(static.items())), {name: options[name] for name in names}
 
 
-def _router(implementation: str):
+def _router(word: str, implementation: str):
   def call(logits, k, **options):
     static, operands = _split(options | {"implementation": implementation})
-    return _compiled(False, k, static)(logits, operands)
+    return _compiled(word, False, k, static)(logits, operands)
 
   return call
 
 
-def _differentiator(implementation: str):
+def _differentiator(word: str, implementation: str):
   def call(logits, k, cotangent, **options):
     static, operands = _split(options | {"implementation": implementation})
-    return _compiled(True, k, static)(logits, cotangent, operands)
+    return _compiled(word, True, k, static)(logits, cotangent, operands)
 
   return call
 
@@ -93,25 +96,62 @@ def _differentiator(implementation: str):
 @pytest.fixture
 def route(implementation):
   """`jax_router.route` under jit, compiled once for each set of static options."""
-  return _router(implementation)
+  return _router("route", implementation)
 
 
 @pytest.fixture
 def kernel_route(kernel):
   """`route` of the kernels only."""
-  return _router(kernel)
+  return _router("route", kernel)
 
 
 @pytest.fixture
 def route_and_gradient(implementation):
   """`(logits, k, cotangent, **options) -> (Routing, gradient of the logits)`, under jit."""
-  return _differentiator(implementation)
+  return _differentiator("route", implementation)
 
 
 @pytest.fixture
 def kernel_route_and_gradient(kernel):
   """`route_and_gradient` of the kernels only."""
-  return _differentiator(kernel)
+  return _differentiator("route", kernel)
+
+
+@pytest.fixture
+def route_dense(implementation):
+  """`jax_router.route_dense` under jit, compiled once for each set of static options."""
+  return _router("route_dense", implementation)
+
+
+@pytest.fixture
+def kernel_route_dense(kernel):
+  """`route_dense` of the kernels only."""
+  return _router("route_dense", kernel)
+
+
+@pytest.fixture
+def route_dense_and_gradient(implementation):
+  """`(logits, k, cotangent, **options) -> (DenseRouting, gradient of the logits)`, under jit."""
+  return _differentiator("route_dense", implementation)
+
+
+@pytest.fixture
+def kernel_route_dense_and_gradient(kernel):
+  """`route_dense_and_gradient` of the kernels only."""
+  return _differentiator("route_dense", kernel)
+
+
+@pytest.fixture
+def make_mesh():
+  """`(kind, sizes) -> Mesh` over 8 devices with axes "d" and, for two sizes, "m"."""
+  if len(jax.devices()) < 8:
+    pytest.skip("sharding is tested on 8 devices of the default backend")
+
+  def make(kind: AxisType, sizes: tuple[int, ...] = (8,)):
+    names = ("d", "m")[: len(sizes)]
+    return jax.make_mesh(sizes, names, (kind,) * len(sizes), devices=jax.devices()[:8])
+
+  return make
 
 
 @pytest.fixture

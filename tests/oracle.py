@@ -5,7 +5,7 @@ choice is clear: every comparison that decides it is either an exact tie or wide
 of a float32 key. `gradient` gives the gradient of the logits. `check_route` compares.
 
 Inside, logits are float64 with NaN replaced by -inf. Functions that take `logits` round to float32
-first, as the package does.
+first, as the package does. `dense` scatters a choice over all experts; `check_dense` compares that.
 """
 
 from __future__ import annotations
@@ -256,7 +256,24 @@ def route(
   )
 
 
+def dense(choice: Choice, num_experts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Probs `[..., E]`, their float32 tolerance, and the map of chosen experts."""
+  shape = (*choice.experts.shape[:-1], num_experts)
+  in_range = choice.experts < num_experts
+  probs, size, tolerance, count = (
+    _scatter(shape, choice.experts, np.where(in_range, values, 0))
+    for values in (choice.weights, np.abs(choice.weights), choice.tolerance, 1.0)
+  )
+  return probs, tolerance + ROUNDING * np.where(count > 1, size, 0), count > 0
+
+
 # ---- gradient ----
+
+
+def at_chosen(choice: Choice, cotangent) -> np.ndarray:
+  """The cotangent `[..., k]` of weights that a cotangent `[..., E]` of probs amounts to."""
+  cotangent = np.asarray(cotangent).astype(np.float64)
+  return np.take_along_axis(cotangent, np.where(choice.active, choice.experts, 0), -1)
 
 
 def gradient(logits, choice: Choice, cotangent, *, score="softmax", renormalize=True, scale=1.0):
@@ -270,7 +287,9 @@ def gradient(logits, choice: Choice, cotangent, *, score="softmax", renormalize=
   mean_error = (np.abs(h) * w.tolerance).sum(-1, keepdims=True)
   if score == "softmax" and not renormalize:
     y = softmax(x)
-    total, error = _scatter(x, choice, h), _scatter(x, choice, size) + size.max(-1, keepdims=True)
+    experts = np.where(choice.active, choice.experts, x.shape[-1])
+    total, error = _scatter(x.shape, experts, h), _scatter(x.shape, experts, size)
+    error = error + size.max(-1, keepdims=True)
     return y * (total - mean), 4 * _exponent_error(y) * error + DENORMAL
   if score == "softmax":
     slot, error = w.p * (h - mean), 4 * w.tolerance * size + w.p * mean_error
@@ -284,14 +303,18 @@ def gradient(logits, choice: Choice, cotangent, *, score="softmax", renormalize=
     slope_error = 4 * RELATIVE * slope + (2 * ROUNDING * y if score == "sigmoid" else 0) + lost
     error = size * (slope_error + 4 * w.divisor_tolerance * slope) + mean_error * slope
     error = error / np.abs(w.divisor)
-  return _scatter(x, choice, slot), _scatter(x, choice, error) + DENORMAL
+  experts = np.where(choice.active, choice.experts, x.shape[-1])
+  return _scatter(x.shape, experts, slot), _scatter(x.shape, experts, error) + DENORMAL
 
 
-def _scatter(x, choice: Choice, slots):
-  rows = np.zeros((int(np.prod(x.shape[:-1])), x.shape[-1] + 1))
-  experts = np.where(choice.active, choice.experts, x.shape[-1]).reshape(len(rows), -1)
-  np.add.at(rows, (np.arange(len(rows))[:, None], experts), slots.reshape(experts.shape))
-  return rows[:, :-1].reshape(x.shape)
+def _scatter(shape, experts, slots) -> np.ndarray:
+  """Adds slots `[..., k]` up into rows of `shape` `[..., E]`; expert E is dropped."""
+  tokens, k = int(np.prod(shape[:-1])), experts.shape[-1]
+  rows = np.zeros((tokens, shape[-1] + 1))
+  np.add.at(
+    rows, (np.arange(tokens)[:, None], experts.reshape(tokens, k)), slots.reshape(tokens, k)
+  )
+  return rows[:, :-1].reshape(shape)
 
 
 # ---- comparison ----
@@ -325,6 +348,29 @@ def check_route(routing, logits, k: int, **options) -> Choice:
   return want
 
 
+def check_dense(routing, logits, k: int, *, map_format="bytemap", **options) -> Choice:
+  """Asserts that `routing` is the dense routing of `logits` in clear rows, where only the rounding
+  of a weight to the dtype of the logits may be added; returns the choice."""
+  choice = route(logits, k, **options)
+  probs, routing_map = np.asarray(routing.probs), np.asarray(routing.routing_map)
+  want, tolerance, chosen = dense(choice, np.shape(logits)[-1])
+  assert probs.dtype == np.asarray(logits).dtype and probs.shape == want.shape
+  if map_format == "bitmap":
+    chosen = np.packbits(chosen, axis=-1, bitorder="little")
+  assert routing_map.dtype == chosen.dtype and routing_map.shape == chosen.shape
+  clear = choice.clear
+  assert clear.mean() > 0.5 or not clear.size, "the input leaves too much open"
+  np.testing.assert_array_equal(routing_map[clear], chosen[clear])
+  zeros = probs == 0
+  assert not np.signbit(probs[zeros & (want >= 0)]).any()
+  largest = float(ml_dtypes.finfo(probs.dtype).max)
+  bounded = np.clip(probs.astype(np.float64), -largest, largest)
+  tolerance = _widened(tolerance, want, probs.dtype)
+  _check_close(bounded[clear], np.clip(want, -largest, largest)[clear], tolerance[clear])
+  assert (probs[clear] == 0)[want[clear] == 0].all()
+  return choice
+
+
 def _check_close(got, want, tolerance):
   wrong = ~(np.abs(got.astype(np.float64) - want) <= tolerance)
   assert not wrong.any(), (
@@ -336,10 +382,14 @@ def _check_close(got, want, tolerance):
 def check_gradient(got, logits, choice: Choice, cotangent, **options) -> None:
   """Asserts that `got` is the gradient, in float32 or rounded to the dtype of the logits."""
   want, tolerance = gradient(logits, choice, cotangent, **options)
-  info = ml_dtypes.finfo(np.asarray(logits).dtype)
-  rounding, smallest = float(info.eps), float(info.smallest_subnormal)
   got = np.asarray(got)
   assert got.dtype == np.asarray(logits).dtype and got.shape == want.shape
-  if got.dtype != np.float32:
-    tolerance = tolerance + rounding * np.abs(want) + smallest
-  _check_close(got, want, tolerance)
+  _check_close(got, want, _widened(tolerance, want, got.dtype))
+
+
+def _widened(tolerance, want, dtype) -> np.ndarray:
+  """The tolerance with the rounding to a narrower dtype."""
+  if dtype == np.float32:
+    return tolerance
+  info = ml_dtypes.finfo(dtype)
+  return tolerance + float(info.eps) * np.abs(want) + float(info.smallest_subnormal)

@@ -15,6 +15,7 @@ import pytest
 import jax_router
 from jax_router import _native
 
+WORDS = {"route", "route_backward", "dense", "dense_backward"}
 LOGITS = jax.ShapeDtypeStruct((16, 32), jnp.float32)
 
 
@@ -28,7 +29,7 @@ def gradient(logits):
 
 
 def test_cpu_module_is_loaded_with_every_handler():
-  assert set(_native.platforms()["cpu"]) >= {"route", "route_backward"}
+  assert set(_native.platforms()["cpu"]) >= WORDS
 
 
 def test_runtime_version_is_at_least_the_compiled_one():
@@ -126,5 +127,5 @@ def test_other_platforms_compute_the_same():
 
 def test_export_checks_name_every_target():
   names = {str(check) for check in jax_router.DISABLE_JAX_EXPORT_CHECKS}
-  for word in ("route", "route_backward"):
+  for word in WORDS:
     assert any(name.endswith(f"jax_router_{word}") for name in names), names

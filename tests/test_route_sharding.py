@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -15,38 +14,11 @@ from jax.sharding import PartitionSpec as P
 import jax_router
 import shapes
 from jax_router import Groups, _primitive
+from programs import assert_equal, collectives, put
 
-COLLECTIVES = re.compile(
-  r"\b(all-gather|all-to-all|all-reduce|collective-permute|collective-broadcast|reduce-scatter)"
-  r"(?:-start)?\("
-)
 EXPERTS, K = 32, 4
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 KINDS = pytest.mark.parametrize("kind", (AUTO, EXPLICIT), ids=("auto", "explicit"))
-
-
-def collectives(function, *args) -> set[str]:
-  """Names of the collectives in the compiled program."""
-  text = jax.jit(function).lower(*args).compile().as_text()
-  assert "ENTRY" in text
-  return set(COLLECTIVES.findall(text))
-
-
-@pytest.fixture
-def make_mesh():
-  """`(kind, sizes) -> Mesh` over 8 devices with axes "d" and, for two sizes, "m"."""
-  if len(jax.devices()) < 8:
-    pytest.skip("sharding is tested on 8 devices of the default backend")
-
-  def make(kind: AxisType, sizes: tuple[int, ...] = (8,)):
-    names = ("d", "m")[: len(sizes)]
-    return jax.make_mesh(sizes, names, (kind,) * len(sizes), devices=jax.devices()[:8])
-
-  return make
-
-
-def put(mesh, x, *spec):
-  return jax.device_put(x, NamedSharding(mesh, P(*spec)))
 
 
 def weights_loss(routing) -> jax.Array:
@@ -56,11 +28,6 @@ def weights_loss(routing) -> jax.Array:
 def gradient_of(function):
   """Gradient of a loss of the routing with respect to the logits."""
   return lambda logits, *rest: jax.grad(lambda x: weights_loss(function(x, *rest)))(logits)
-
-
-def assert_equal(got, want):
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 # ---- the text search finds what it looks for ----

@@ -12,40 +12,12 @@ import numpy as np
 import pytest
 
 import jax_router
+import programs
 import shapes
 from jax_router import Groups
+from programs import assert_same, loop
 
-CALL = "custom_call @jax_router_route("
-BACKWARD_CALL = "custom_call @jax_router_route_backward("
-
-
-def calls(function, *args) -> tuple[int, int]:
-  """How many forward and backward kernels `function` has when compiled for the CPU."""
-  text = jax.jit(function).trace(*args).lower(lowering_platforms=("cpu",)).as_text()
-  return text.count(CALL), text.count(BACKWARD_CALL)
-
-
-def assert_same(got, want):
-  """Equal trees: integers exactly, floats to float32 rounding."""
-  assert jax.tree.structure(got) == jax.tree.structure(want)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    assert a.shape == b.shape and a.dtype == b.dtype
-    if np.issubdtype(a.dtype, np.integer):
-      np.testing.assert_array_equal(a, b)
-    else:
-      np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
-
-
-def loop(function, in_axes, out_axes, *args):
-  """What `jax.vmap(function, in_axes, out_axes)(*args)` must be, one call after the other."""
-  size = next(x.shape[a] for x, a in zip(args, in_axes, strict=True) if a is not None)
-  results = [
-    function(
-      *(x if a is None else jnp.take(x, i, axis=a) for x, a in zip(args, in_axes, strict=True))
-    )
-    for i in range(size)
-  ]
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves, out_axes), *results)
+calls = functools.partial(programs.calls, "route")
 
 
 # ---- vmap ----

@@ -48,7 +48,7 @@ ffi::Future run_rows(ffi::ThreadPool& pool, const RowKernel<Call>& kernel, const
                        });
 }
 
-// ---- route ----
+// ---- route, dense ----
 
 ffi::Future route(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::RemainingArgs optional,
                   ffi::Result<ffi::AnyBuffer> weights, ffi::Result<ffi::AnyBuffer> experts,
@@ -64,6 +64,25 @@ ffi::Future route(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::RemainingArg
   return run_rows(pool, forward_kernel(), call, options);
 }
 
+ffi::Future dense(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::RemainingArgs optional,
+                  ffi::Result<ffi::AnyBuffer> probs, ffi::Result<ffi::AnyBuffer> map,
+                  ffi::Result<ffi::AnyBuffer> weights, ffi::Result<ffi::AnyBuffer> experts,
+                  ffi::Result<ffi::AnyBuffer> normalizer, int64_t k, int64_t score,
+                  bool renormalize, float scale, int64_t group_count, int64_t group_keep,
+                  int64_t group_score, bool has_bias, bool has_where, bool has_experts,
+                  int64_t map_format) {
+  const RouteOptions options =
+      OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
+  RouteForward call;
+  ffi::Error error =
+      decode_dense_forward(options, has_bias, has_where, has_experts, map_format, logits, optional,
+                           *probs, *map, *weights, *experts, *normalizer, &call);
+  if (error.failure()) return finished(std::move(error));
+  return run_rows(pool, forward_kernel(), call, options);
+}
+
+// Of `route` and of `dense`.
+template <bool kDenseCotangent>
 ffi::Future route_backward(ffi::ThreadPool pool, ffi::AnyBuffer cotangent, ffi::AnyBuffer weights,
                            ffi::AnyBuffer experts, ffi::AnyBuffer normalizer,
                            ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> gradient,
@@ -72,14 +91,18 @@ ffi::Future route_backward(ffi::ThreadPool pool, ffi::AnyBuffer cotangent, ffi::
   const RouteOptions options =
       OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
   RouteBackward call;
-  ffi::Error error = decode_route_backward(options, false, cotangent, weights, experts, normalizer,
-                                           optional, *gradient, &call);
+  ffi::Error error = decode_route_backward(options, kDenseCotangent, cotangent, weights, experts,
+                                           normalizer, optional, *gradient, &call);
   if (error.failure()) return finished(std::move(error));
   return run_rows(pool, backward_kernel(), call, options);
 }
 
 XLA_FFI_DEFINE_HANDLER(kRoute, route, bind_route<ffi::ThreadPool>());
-XLA_FFI_DEFINE_HANDLER(kRouteBackward, route_backward, bind_route_backward<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(kRouteBackward, route_backward<false>,
+                       bind_route_backward<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(kDense, dense, bind_dense<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(kDenseBackward, route_backward<true>,
+                       bind_route_backward<ffi::ThreadPool>());
 
 // ---- table ----
 
@@ -87,6 +110,8 @@ nb::dict handlers() {
   nb::dict table;
   table["route"] = nb::capsule(reinterpret_cast<void*>(kRoute));
   table["route_backward"] = nb::capsule(reinterpret_cast<void*>(kRouteBackward));
+  table["dense"] = nb::capsule(reinterpret_cast<void*>(kDense));
+  table["dense_backward"] = nb::capsule(reinterpret_cast<void*>(kDenseBackward));
   return table;
 }
 

@@ -1,11 +1,12 @@
-// The forward of `route` on the CPU. Kernels know pointers, sizes and options; module.cc binds them
-// to XLA.
+// The forward of `route` and of `dense` on the CPU. Kernels know pointers, sizes and options;
+// module.cc binds them to XLA.
 
 #include "route.h"
 
 #include <cstring>
 #include <type_traits>
 
+#include "dense.h"
 #include "rows.h"
 #include "select.h"
 
@@ -25,12 +26,13 @@ struct Row {
   float* slot;           // logits of the chosen, then their weights
   int32_t* slot_expert;  // E where the slot is invalid
   bool* slot_active;     // whether the slot's key lies above -inf
+  float* sums;           // of `dense` alone: [experts], zero between rows
   Selection selection;
 };
 
-Row take_row(Arena& arena, int64_t experts, const RouteOptions& options) {
+Row take_row(Arena& arena, const RouteForward& call, const RouteOptions& options) {
   Row row;
-  row.padded = round_up(experts, kRowMultiple);
+  row.padded = round_up(call.experts, kRowMultiple);
   row.padded_k = round_up(options.k, 8);
   row.keys = arena.take<int32_t>(row.padded);
   row.logits = arena.take<float>(row.padded);
@@ -40,6 +42,7 @@ Row take_row(Arena& arena, int64_t experts, const RouteOptions& options) {
   row.slot = arena.take<float>(row.padded_k);
   row.slot_expert = arena.take<int32_t>(row.padded_k);
   row.slot_active = arena.take<bool>(row.padded_k);
+  row.sums = arena.take<float>(is_dense(call) ? call.experts : 0);
   row.selection.keys = arena.take<int32_t>(row.padded);
   row.selection.ids = arena.take<int32_t>(row.padded);
   row.selection.survivor_keys = arena.take<int32_t>(row.padded);
@@ -285,12 +288,14 @@ void forward_row(const RouteForward& call, const RouteOptions& options, int64_t 
     }
   }
   write_row(call, options, token, outcome, normalizer, row);
+  if (is_dense(call)) write_dense_row<T>(call, options.k, token, row.slot_expert, row.sums);
 }
 
 void forward(const RouteForward& call, const RouteOptions& options, int64_t begin, int64_t end,
              void* scratch) {
   Arena arena(scratch);
-  Row row = take_row(arena, call.experts, options);
+  Row row = take_row(arena, call, options);
+  if (is_dense(call)) std::memset(row.sums, 0, static_cast<size_t>(call.experts) * sizeof(float));
   with_type(call.logits_type, [&](auto* type) {
     using T = typename std::remove_pointer<decltype(type)>::type;
     for (int64_t token = begin; token < end; ++token) forward_row<T>(call, options, token, row);
@@ -299,7 +304,7 @@ void forward(const RouteForward& call, const RouteOptions& options, int64_t begi
 
 size_t forward_scratch(const RouteForward& call, const RouteOptions& options) {
   Arena arena(nullptr);
-  take_row(arena, call.experts, options);
+  take_row(arena, call, options);
   return arena.used();
 }
 

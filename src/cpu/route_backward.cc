@@ -1,4 +1,4 @@
-// The backward of `route` on the CPU, from dense indices.
+// The backward of `route` and of `dense` on the CPU, from dense indices.
 //
 // With p = weights / scale and h = scale * cotangent on the slots that carry a gradient:
 //
@@ -39,12 +39,20 @@ Slots take_slots(Arena& arena, int64_t experts, int64_t k) {
   return slots;
 }
 
+// The cotangent of a slot: its own, or that of its expert.
+template <typename T>
+float cotangent_at(const RouteBackward& call, int64_t slot, int64_t token, int64_t expert) {
+  if (!call.dense_cotangent) return static_cast<const float*>(call.cotangent)[slot];
+  return bits_float(
+      load_bits(static_cast<const T*>(call.cotangent), token * call.experts + expert));
+}
+
 // Collects the slots with a gradient: value = h, p = weight / scale. Returns sum h p.
+template <typename T>
 float gather_slots(const RouteBackward& call, const RouteOptions& options, int64_t token,
                    Slots& slots) {
   slots.count = 0;
   if (!(call.normalizer[token] == call.normalizer[token])) return 0.0f;
-  const float* cotangent = static_cast<const float*>(call.cotangent) + token * options.k;
   const float* weights = call.weights + token * options.k;
   const float inverse_scale = options.scale != 0.0f ? 1.0f / options.scale : 0.0f;
   float mean = 0.0f;
@@ -56,9 +64,11 @@ float gather_slots(const RouteBackward& call, const RouteOptions& options, int64
       if (filled || static_cast<uint64_t>(indices[i]) >= static_cast<uint64_t>(call.experts)) {
         continue;
       }
-      const float h = cotangent[i] * options.scale;
+      const int64_t expert = static_cast<int64_t>(indices[i]);
+      const int64_t slot = token * options.k + i;
+      const float h = cotangent_at<T>(call, slot, token, expert) * options.scale;
       const float p = weights[i] * inverse_scale;
-      slots.expert[slots.count] = static_cast<int32_t>(indices[i]);
+      slots.expert[slots.count] = static_cast<int32_t>(expert);
       slots.value[slots.count] = h;
       slots.p[slots.count] = p;
       mean += h * p;
@@ -112,7 +122,7 @@ void backward_row(const RouteBackward& call, const RouteOptions& options, int64_
                   Slots& slots) {
   T* gradient = static_cast<T*>(call.gradient) + token * call.experts;
   const float normalizer = call.normalizer[token];
-  const float mean = gather_slots(call, options, token, slots);
+  const float mean = gather_slots<T>(call, options, token, slots);
   if (options.dense_gradient() && normalizer == normalizer) {
     const T* logits = static_cast<const T*>(call.logits) + token * call.experts;
     write_dense(slots, mean, normalizer, call.experts, logits, gradient);
