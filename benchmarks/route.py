@@ -1,22 +1,27 @@
 """Times `route` and its gradient against XLA's top-k and softmax, in one process.
 
-    python benchmarks/route.py [--output benchmarks/results]
+    python benchmarks/route.py [--output benchmarks/results] [--quick]
 
-A step is the choice and the gradient of the logits for a random cotangent of the weights. XLA's
-side is what one writes without this package: `jax.lax.top_k` of the logits and a softmax over the k
-chosen.
+On a GPU it times kernels, those of `route_dense` too: see route_gpu.py.
+
+On the CPU a step is the choice and the gradient of the logits for a random cotangent of the
+weights. XLA's side is what one writes without this package: `jax.lax.top_k` of the logits and a
+softmax over the k chosen.
 """
 
 from __future__ import annotations
 
 import math
+import pathlib
+import sys
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+import cases
 import jax_router
+import route_gpu
 import timing
 
 SHAPES = ((4096, 64, 2), (4096, 128, 8), (4096, 256, 8), (4096, 512, 22), (2048, 2304, 36))
@@ -38,12 +43,6 @@ def ours(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   return weights, experts
 
 
-def xla(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """The same in plain JAX."""
-  best, experts = jax.lax.top_k(x, k)
-  return jax.nn.softmax(best, axis=-1), experts
-
-
 def forward_and_step(choose: Callable, k: int) -> tuple[Callable, Callable]:
   """Jitted forward and forward + backward of `choose`."""
 
@@ -61,7 +60,7 @@ def compare_with_xla(report: timing.Report, samples: int) -> None:
   for tokens, experts, k in SHAPES:
     x = jax.random.normal(jax.random.key(0), (tokens, experts))
     cotangent = jax.random.normal(jax.random.key(1), (tokens, k))
-    functions = forward_and_step(ours, k) + forward_and_step(xla, k)
+    functions = forward_and_step(ours, k) + forward_and_step(cases.xla_route, k)
     forward, step, xla_forward, xla_step = timing.compared_ms(
       functions, x, cotangent, samples=samples
     )
@@ -109,31 +108,12 @@ def compare_options(report: timing.Report, samples: int) -> None:
       report.row(option=name, dtype=dtype, forward_ms=times[0], step_ms=times[1])
 
 
-def adverse_inputs(tokens: int, experts: int) -> dict[str, np.ndarray]:
-  """Random rows, and rows that could slow a selection down."""
-  rng = np.random.default_rng(0)
-  random = rng.standard_normal((tokens, experts)).astype(np.float32)
-  one_lane = random.copy()
-  one_lane[:, ::64] += 100
-  half_lanes = random.copy()
-  half_lanes[:, np.arange(experts) % 64 < 18] += 100
-  return {
-    "random": random,
-    "ascending": np.sort(random, axis=-1),
-    "descending": -np.sort(-random, axis=-1),
-    "all equal": np.zeros_like(random),
-    "two values": np.sign(random),
-    "large values in one lane": one_lane,
-    "large values in half the lanes": half_lanes,
-  }
-
-
 def compare_inputs(report: timing.Report, samples: int) -> None:
   """Forward times on adverse inputs."""
   for tokens, experts, k in ((4096, 256, 8), (2048, 2304, 36)):
     report.line(f"\nT={tokens} E={experts} k={k}, forward by input, ms")
     choose = jax.jit(lambda x, k=k: ours(x, k))
-    inputs = adverse_inputs(tokens, experts)
+    inputs = cases.adverse_inputs(tokens, experts)
     times = {
       name: timing.median_ms(choose, jnp.asarray(x), samples=samples) for name, x in inputs.items()
     }
@@ -154,14 +134,28 @@ def compare_dispatch(report: timing.Report) -> None:
   report.row(dispatch_us=route, empty_dispatch_us=empty)
 
 
-def main() -> None:
-  arguments = timing.parser(__doc__).parse_args()
-  report = timing.Report(f"route_{jax.default_backend()}", arguments.output)
-  compare_with_xla(report, arguments.samples)
-  compare_options(report, arguments.samples)
-  compare_inputs(report, arguments.samples)
+def run_cpu(output: pathlib.Path | None, samples: int) -> timing.Report:
+  """All comparisons of the CPU."""
+  report = timing.Report(f"route_{jax.default_backend()}", output)
+  compare_with_xla(report, samples)
+  compare_options(report, samples)
+  compare_inputs(report, samples)
   compare_dispatch(report)
   report.save()
+  return report
+
+
+def main() -> None:
+  command = timing.parser(__doc__)
+  command.add_argument("--quick", action="store_true", help="GPU: T = 8192 alone, 10 samples")
+  arguments = command.parse_args()
+  if jax.default_backend() == "gpu":
+    report = route_gpu.run(arguments.output, arguments.samples, arguments.quick)
+  elif arguments.quick:
+    command.error("--quick is for GPUs")
+  else:
+    report = run_cpu(arguments.output, arguments.samples)
+  sys.exit(1 if report.failures else 0)
 
 
 if __name__ == "__main__":

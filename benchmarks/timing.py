@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -13,7 +14,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -73,7 +75,7 @@ def _processor() -> str:
 def environment() -> dict[str, Any]:
   """Device, versions, date and commit, for the head of a result."""
   device = jax.devices()[0]
-  return {
+  found = {
     "device": device.device_kind if device.platform != "cpu" else _processor(),
     "platform": device.platform,
     "cores": os.cpu_count(),
@@ -83,6 +85,10 @@ def environment() -> dict[str, Any]:
     "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     "commit": _output("git", "rev-parse", "--short", "HEAD"),
   }
+  if device.platform == "gpu":
+    query = ("--query-gpu=driver_version", "--format=csv,noheader")
+    found["driver"] = _output("nvidia-smi", *query).partition("\n")[0]
+  return found
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -96,12 +102,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 class Report:
   """Prints lines as they come and keeps them, and the rows behind them, for the output folder."""
 
-  def __init__(self, name: str, output: pathlib.Path | None):
+  def __init__(self, name: str, output: pathlib.Path | None, **measured: Any):
+    self.failures = 0
     self._name = name
     self._output = output
     self._lines: list[str] = []
     self._rows: list[dict[str, Any]] = []
-    self._environment = environment()
+    self._environment = environment() | measured
     self.line(", ".join(f"{key} {value}" for key, value in self._environment.items()))
 
   def line(self, text: str = "") -> None:
@@ -113,6 +120,19 @@ class Report:
   def row(self, **values: Any) -> None:
     """Keeps the numbers behind a line."""
     self._rows.append(values)
+
+  @contextlib.contextmanager
+  def attempt(self, what: str) -> Iterator[None]:
+    """Reports and counts an error in its block, so that the rest of a benchmark still runs."""
+    try:
+      yield
+    except Exception as error:
+      self.failures += 1
+      what = " ".join(what.split())
+      reason = str(error).partition("\n")[0]
+      self.line(f"FAILED {what}: {type(error).__name__}: {reason}")
+      self.row(failed=what, error=f"{type(error).__name__}: {error}")
+      traceback.print_exc()
 
   def save(self) -> None:
     """Writes NAME.json and NAME.txt if an output folder was given."""
