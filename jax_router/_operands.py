@@ -172,10 +172,12 @@ _CUDA_ROW_BYTES = 99 * 1024
 
 def forward_runs_on(platform: str, avals, *, options: RouteOptions, **_: Any) -> bool:
   """Whether the kernel of the platform takes a row of this size."""
-  keys = 4 * (avals[0].shape[-1] + 127)
+  num_experts = avals[0].shape[-1]
+  keys = 4 * (num_experts + 127)
   pairs = 8 * 2 ** (options.k - 1).bit_length() + 8
   groups = 8 * (options.groups.count + 3) if options.groups else 0
-  return platform == "cpu" or keys + pairs + groups <= _CUDA_ROW_BYTES
+  bitmap = 4 * (num_experts // 32 + 4)
+  return platform == "cpu" or keys + pairs + groups + bitmap <= _CUDA_ROW_BYTES
 
 
 def weigh_tangents(operands, choice, tangents, options: RouteOptions):

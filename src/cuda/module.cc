@@ -38,6 +38,23 @@ ffi::Error route(cudaStream_t stream, ffi::AnyBuffer logits, ffi::RemainingArgs 
   return launch_result("route", launch_route(call, options, stream));
 }
 
+ffi::Error dense(cudaStream_t stream, ffi::AnyBuffer logits, ffi::RemainingArgs optional,
+                 ffi::Result<ffi::AnyBuffer> probs, ffi::Result<ffi::AnyBuffer> map,
+                 ffi::Result<ffi::AnyBuffer> weights, ffi::Result<ffi::AnyBuffer> experts,
+                 ffi::Result<ffi::AnyBuffer> normalizer, int64_t k, int64_t score, bool renormalize,
+                 float scale, int64_t group_count, int64_t group_keep, int64_t group_score,
+                 bool has_bias, bool has_where, bool has_experts, int64_t map_format) {
+  const RouteOptions options =
+      OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
+  RouteForward call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_dense_forward(options, has_bias, has_where, has_experts,
+                                                  map_format, logits, optional, *probs, *map,
+                                                  *weights, *experts, *normalizer, &call));
+  return launch_result("dense", launch_route(call, options, stream));
+}
+
+// Of `route` and of `dense`.
+template <bool kDenseCotangent>
 ffi::Error route_backward(cudaStream_t stream, ffi::AnyBuffer cotangent, ffi::AnyBuffer weights,
                           ffi::AnyBuffer experts, ffi::AnyBuffer normalizer,
                           ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> gradient,
@@ -46,13 +63,17 @@ ffi::Error route_backward(cudaStream_t stream, ffi::AnyBuffer cotangent, ffi::An
   const RouteOptions options =
       OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
   RouteBackward call;
-  JAX_ROUTER_RETURN_IF_ERROR(decode_route_backward(options, false, cotangent, weights, experts,
-                                                   normalizer, optional, *gradient, &call));
+  JAX_ROUTER_RETURN_IF_ERROR(decode_route_backward(options, kDenseCotangent, cotangent, weights,
+                                                   experts, normalizer, optional, *gradient,
+                                                   &call));
   return launch_result("route_backward", launch_route_backward(call, options, stream));
 }
 
 XLA_FFI_DEFINE_HANDLER(kRoute, route, bind_route<Stream>(), {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kRouteBackward, route_backward, bind_route_backward<Stream>(),
+XLA_FFI_DEFINE_HANDLER(kRouteBackward, route_backward<false>, bind_route_backward<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kDense, dense, bind_dense<Stream>(), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kDenseBackward, route_backward<true>, bind_route_backward<Stream>(),
                        {ffi::Traits::kCmdBufferCompatible});
 
 // ---- table ----
@@ -61,6 +82,8 @@ nb::dict handlers() {
   nb::dict table;
   table["route"] = nb::capsule(reinterpret_cast<void*>(kRoute));
   table["route_backward"] = nb::capsule(reinterpret_cast<void*>(kRouteBackward));
+  table["dense"] = nb::capsule(reinterpret_cast<void*>(kDense));
+  table["dense_backward"] = nb::capsule(reinterpret_cast<void*>(kDenseBackward));
   return table;
 }
 

@@ -30,6 +30,11 @@ cudaError_t launch_route_shared(const RouteForward& call, const RouteOptions& op
 cudaError_t launch_route_general(const RouteForward& call, const RouteOptions& options,
                                  cudaStream_t stream);
 
+// ---- what launch_route_backward leaves to it: k > 64 ----
+
+cudaError_t launch_route_backward_general(const RouteBackward& call, const RouteOptions& options,
+                                          cudaStream_t stream);
+
 // ---- the device ----
 
 struct DeviceLimits {

@@ -1,17 +1,32 @@
-// The backward of `route` on NVIDIA GPUs, from dense indices: one warp a token. The formulas are
-// those of src/cpu/route_backward.cc.
+// The backward of `route` and `dense` from dense indices. The formulas are those of
+// src/cpu/route_backward.cc.
 //
-// The gradient of a row is built in shared memory, which is all zero between rows, and written
-// once. An expert given twice gets the sum of its slots in slot order.
+// A warp makes the gradient of a tile, a few neighbouring rows, in shared memory and writes it in
+// one piece. Where the gradient is sparse the tile starts as zeros; where it is dense, as the
+// logits, which turn into their gradient in place.
 
 #include <cstdint>
 
+#include "bulk.cuh"
 #include "route.h"
+#include "row.cuh"
 #include "scalar.h"
 #include "warp.cuh"
 
 namespace jax_router {
 namespace {
+
+constexpr int kMostWarps = 4;                // of a block
+constexpr int64_t kTileBytes = 8 * 1024;     // of several rows, where they are small
+constexpr int64_t kSharedBytes = 48 * 1024;  // of a block with more than one warp
+
+// Geometry of a launch. Slots of a token lie in consecutive lanes, or in passes over all lanes.
+struct Tiling {
+  int rows;   // of a tile
+  int lanes;  // of a token, a power of two
+  int row_bytes;
+  bool aligned;  // tiles can be copied 16 bytes at a time
+};
 
 struct Slot {
   int expert;  // -1 without gradient
@@ -19,136 +34,266 @@ struct Slot {
   float p;     // weight / scale
 };
 
-__device__ __forceinline__ Slot slot_at(const RouteBackward& call, const RouteOptions& options,
-                                        int64_t token, int i) {
-  if (i >= options.k) return {-1, 0.0f, 0.0f};
+template <typename T>
+__device__ __forceinline__ Slot load_slot(const RouteBackward& call, const RouteOptions& options,
+                                          int64_t token, int i, bool alive) {
+  if (!alive || i >= options.k) return {-1, 0.0f, 0.0f};
   const int64_t at = token * options.k + i;
   const int64_t expert = load_index(call.indices, call.index_bytes, at);
   const float weight = call.weights[at];
   const bool filled = __float_as_int(weight) == INT32_MIN;  // -0
   if (filled || expert >= call.experts) return {-1, 0.0f, 0.0f};
+  const float cotangent =
+      call.dense_cotangent
+          ? to_float(static_cast<const T*>(call.cotangent)[token * call.experts + expert])
+          : static_cast<const float*>(call.cotangent)[at];
   const float inverse_scale = options.scale != 0.0f ? 1.0f / options.scale : 0.0f;
-  return {static_cast<int>(expert), static_cast<const float*>(call.cotangent)[at] * options.scale,
-          weight * inverse_scale};
+  return {static_cast<int>(expert), cotangent * options.scale, weight * inverse_scale};
 }
 
-// Adds the lanes' values up into the row. Lanes with the same expert are added in lane order by the
-// first of them, so no two lanes touch the same place.
-__device__ __forceinline__ void accumulate(float* row, int expert, float value, int lane) {
-  const unsigned same = __match_any_sync(kAllLanes, expert);
-  float sum = 0.0f;
-  for (int other = 0; other < kWarpSize; ++other) {
-    const float theirs = __shfl_sync(kAllLanes, value, other);
-    if (same & (1u << other)) sum += theirs;
+// Sum over the lanes of a token.
+__device__ __forceinline__ float sum_of_lanes(float value, int lanes) {
+  for (int distance = 1; distance < lanes; distance *= 2) {
+    value = add(value, __shfl_xor_sync(kAllLanes, value, distance));
   }
-  if (expert >= 0 && (same & lanes_below(lane)) == 0) row[expert] += sum;
-  __syncwarp();
+  return value;
 }
 
-// As above where no expert comes twice.
-__device__ __forceinline__ void accumulate_distinct(float* row, int expert, float value, int lane) {
-  const unsigned same = __match_any_sync(kAllLanes, expert);
-  const bool twice = expert >= 0 && __popc(same) > 1;
-  if (__any_sync(kAllLanes, twice)) {
-    accumulate(row, expert, value, lane);
-    return;
-  }
-  if (expert >= 0) row[expert] += value;
-  __syncwarp();
+// Gradient of a slot's logit, where that of the row is sparse.
+__device__ __forceinline__ float slot_gradient(const Slot& slot, const RouteOptions& options,
+                                               float mean, float normalizer) {
+  if (options.score == Score::kSoftmax) return slot.p * (slot.h - mean);
+  const float h = options.renormalize ? (slot.h - mean) / normalizer : slot.h;
+  return h * score_gradient(slot.p * normalizer, options.score);
 }
 
-template <typename T>
-__device__ void write_row(const float* row, int experts, T* gradient, int lane) {
-  for (int e = lane; e < experts; e += kWarpSize) store_value(gradient + e, row[e]);
-}
-
-// The forward's softmax again: the largest logit is exact, the sum of the terms was saved.
-template <typename T>
-__device__ void write_dense(const float* row, const T* logits, float mean, float total, int experts,
-                            T* gradient, int lane) {
-  float largest = -kLargest;
-  for (int e = lane; e < experts; e += kWarpSize) {
-    largest = fmaxf(largest, float_from_key(key_from_bits(load_bits(logits + e))));
-  }
-  largest = fminf(warp_max(largest), kLargest);
-  for (int e = lane; e < experts; e += kWarpSize) {
-    const float x = float_from_key(key_from_bits(load_bits(logits + e)));
-    store_value(gradient + e, softmax_term(x, largest) / total * (row[e] - mean));
-  }
-}
-
-template <typename T>
-__device__ void backward_token(const RouteBackward& call, const RouteOptions& options,
-                               int64_t token, float* row, int lane) {
-  const int experts = static_cast<int>(call.experts);
-  const int k = static_cast<int>(options.k);
-  T* gradient = static_cast<T*>(call.gradient) + token * call.experts;
-  const float normalizer = call.normalizer[token];
-  if (normalizer != normalizer) {  // padding, or no key above -inf
-    write_row(row, experts, gradient, lane);
-    return;
-  }
-  float mean = 0.0f;
-  for (int i = lane; i < k; i += kWarpSize) {
-    const Slot slot = slot_at(call, options, token, i);
-    mean += slot.h * slot.p;
-  }
-  mean = warp_sum(mean);
-  const bool dense = options.dense_gradient();
-  for (int begin = 0; begin < k; begin += kWarpSize) {
-    const Slot slot = slot_at(call, options, token, begin + lane);
-    float value = slot.h;
-    if (!dense && options.score == Score::kSoftmax) {
-      value = slot.p * (slot.h - mean);
-    } else if (!dense) {
-      if (options.renormalize) value = (value - mean) / normalizer;
-      value *= score_gradient(slot.p * normalizer, options.score);
+// Where an expert was given twice, its first slot takes the sum of all, in slot order, and the
+// others drop out.
+template <int kPasses>
+__device__ __forceinline__ void merge_equal(Slot (&slots)[kPasses], float (&values)[kPasses], int k,
+                                            int lanes, int lane) {
+  bool twice = false;
+  const int group = lane / lanes;
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    const int64_t key = slots[i].expert < 0 ? -1 - lane : int64_t{slots[i].expert} * 32 + group;
+    twice = twice || __popc(__match_any_sync(kAllLanes, key)) > 1;
+    for (int j = 0; j < k - kWarpSize && i > 0; ++j) {  // one token a warp
+      const int other = __shfl_sync(kAllLanes, slots[i].expert, j);
+      twice = twice || (other >= 0 && other == slots[0].expert);
     }
-    accumulate_distinct(row, slot.expert, value, lane);
   }
-  if (dense) {
-    const T* logits = static_cast<const T*>(call.logits) + token * call.experts;
-    write_dense(row, logits, mean, normalizer, experts, gradient, lane);
+  if (!__any_sync(kAllLanes, twice)) return;
+  int experts[kPasses];
+  float sums[kPasses];
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    experts[i] = slots[i].expert;
+    sums[i] = 0.0f;
+  }
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    for (int j = 0; j < lanes; ++j) {
+      const int from = group * lanes + j;
+      const int other = __shfl_sync(kAllLanes, experts[pass], from);
+      const float value = __shfl_sync(kAllLanes, values[pass], from);
+#pragma unroll
+      for (int i = 0; i < kPasses; ++i) {
+        if (other < 0 || other != experts[i]) continue;
+        sums[i] += value;
+        const bool earlier = pass < i || (pass == i && from < lane);
+        if (earlier) slots[i].expert = -1;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) values[i] = sums[i];
+}
+
+// Turns a row of logits in shared memory into its softmax times -mean, in place. Returns the
+// largest logit: the forward's, exactly; the sum of the terms was saved.
+template <typename T>
+__device__ __forceinline__ float transform_row(T* row, int experts, float mean, float total,
+                                               int lane) {
+  float largest = -kLargest;
+  for (int e = lane; e < experts; e += kWarpSize) largest = fmaxf(largest, to_float(row[e]));
+  largest = fminf(warp_max(largest), kLargest);
+  const bool alive = total == total;
+  const float factor = (0.0f - mean) / total;
+  for (int e = lane; e < experts; e += kWarpSize) {
+    const float x = fmaxf(to_float(row[e]), -kInfinity);
+    store_value(row + e, alive ? softmax_term(x, largest) * factor : 0.0f);
+  }
+  return largest;
+}
+
+// Makes the gradient of tokens first + row_begin and on, as many as have room side by side.
+template <typename T, bool kDense, int kPasses>
+__device__ __forceinline__ void backward_rows(const RouteBackward& call,
+                                              const RouteOptions& options, const Tiling& tiling,
+                                              int64_t first, int row_begin, int tokens, T* tile,
+                                              int lane) {
+  const int experts = static_cast<int>(call.experts);
+  const int row = row_begin + lane / tiling.lanes;
+  const bool there = row < tokens;
+  const int64_t token = first + (there ? row : 0);
+  const float normalizer = call.normalizer[token];
+  const bool alive = there && normalizer == normalizer;  // else padding, or no key above -inf
+  Slot slots[kPasses];
+  float mean = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    slots[i] = load_slot<T>(call, options, token, i * kWarpSize + lane % tiling.lanes, alive);
+    mean += slots[i].h * slots[i].p;
+  }
+  mean = sum_of_lanes(mean, tiling.lanes);
+  float values[kPasses];
+  if constexpr (kDense) {
+    float logits[kPasses];
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      values[i] = slots[i].h;
+      logits[i] = slots[i].expert < 0 ? 0.0f : to_float(tile[row * experts + slots[i].expert]);
+    }
+    merge_equal(slots, values, static_cast<int>(options.k), tiling.lanes, lane);
+    __syncwarp();
+    float largest = 0.0f;
+    for (int r = row_begin; r < tokens && r < row_begin + kWarpSize / tiling.lanes; ++r) {
+      const int source = (r - row_begin) * tiling.lanes;
+      const float row_mean = __shfl_sync(kAllLanes, mean, source);
+      const float row_total = __shfl_sync(kAllLanes, normalizer, source);
+      const float found = transform_row(tile + r * experts, experts, row_mean, row_total, lane);
+      if (r == row) largest = found;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      const float y = softmax_term(fmaxf(logits[i], -kInfinity), largest) / normalizer;
+      values[i] = y * (values[i] - mean);
+    }
   } else {
-    write_row(row, experts, gradient, lane);
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      values[i] = slot_gradient(slots[i], options, mean, normalizer);
+    }
+    merge_equal(slots, values, static_cast<int>(options.k), tiling.lanes, lane);
+  }
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    if (slots[i].expert >= 0) store_value(tile + row * experts + slots[i].expert, values[i]);
+  }
+}
+
+// Copies a tile between global and shared memory by all lanes.
+__device__ __forceinline__ void copy_tile(void* to, const void* from, int64_t bytes, bool aligned,
+                                          int lane) {
+  if (aligned && bytes % 16 == 0) {
+    int4* a = static_cast<int4*>(to);
+    const int4* b = static_cast<const int4*>(from);
+    for (int64_t i = lane; i < bytes / 16; i += kWarpSize) a[i] = b[i];
+  } else {
+    uint16_t* a = static_cast<uint16_t*>(to);
+    const uint16_t* b = static_cast<const uint16_t*>(from);
+    for (int64_t i = lane; i < bytes / 2; i += kWarpSize) a[i] = b[i];
+  }
+}
+
+template <typename T, bool kDense, int kPasses>
+__global__ void __launch_bounds__(kMostWarps* kWarpSize)
+    route_backward_kernel(const __grid_constant__ RouteBackward call,
+                          const __grid_constant__ RouteOptions options,
+                          const __grid_constant__ Tiling tiling) {
+  extern __shared__ int4 shared_memory[];
+  __shared__ CopyBarrier barriers[kMostWarps];
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarpSize) + warp;
+  const int64_t first = index * tiling.rows;
+  if (first >= call.tokens) return;
+  const int tokens = static_cast<int>(min(int64_t{tiling.rows}, call.tokens - first));
+  const int tile_bytes = (tiling.rows * tiling.row_bytes + 15) / 16 * 16;
+  T* const tile = reinterpret_cast<T*>(reinterpret_cast<char*>(shared_memory) + warp * tile_bytes);
+  const int bytes = tokens * tiling.row_bytes;
+  const bool bulk = kHasBulkCopy && tiling.aligned && bytes % 16 == 0;
+  const int64_t begin = first * call.experts;
+  if constexpr (kDense) {
+    const T* logits = static_cast<const T*>(call.logits) + begin;
+    if (bulk) {
+      if (lane == 0) {
+        barriers[warp].init();
+        barriers[warp].load(tile, logits, bytes);
+      }
+      __syncwarp();
+      barriers[warp].wait(0);
+    } else {
+      copy_tile(tile, logits, bytes, tiling.aligned, lane);
+    }
+  } else {
+    int4* words = reinterpret_cast<int4*>(tile);
+    for (int i = lane; i < tile_bytes / 16; i += kWarpSize) words[i] = make_int4(0, 0, 0, 0);
   }
   __syncwarp();
-  for (int i = lane; i < k; i += kWarpSize) {
-    const Slot slot = slot_at(call, options, token, i);
-    if (slot.expert >= 0) row[slot.expert] = 0.0f;
+  for (int r = 0; r < tokens; r += kWarpSize / tiling.lanes) {
+    backward_rows<T, kDense, kPasses>(call, options, tiling, first, r, tokens, tile, lane);
   }
-  __syncwarp();
+  T* const gradient = static_cast<T*>(call.gradient) + begin;
+  if (bulk) {
+    fence_for_store();
+    __syncwarp();
+    if (lane == 0) {
+      start_store(gradient, tile, bytes);
+      wait_for_stores<0>();
+    }
+  } else {
+    __syncwarp();
+    copy_tile(gradient, tile, bytes, tiling.aligned, lane);
+  }
+}
+
+template <typename T, bool kDense, int kPasses>
+cudaError_t launch(const RouteBackward& call, const RouteOptions& options, cudaStream_t stream) {
+  Tiling tiling{1, 1, static_cast<int>(call.experts * sizeof(T)), false};
+  while (tiling.lanes < options.k && tiling.lanes < kWarpSize) tiling.lanes *= 2;
+  while (tiling.rows < kWarpSize && 2 * tiling.rows * tiling.row_bytes <= kTileBytes) {
+    tiling.rows *= 2;
+  }
+  const uintptr_t addresses =
+      reinterpret_cast<uintptr_t>(call.gradient) | reinterpret_cast<uintptr_t>(call.logits);
+  tiling.aligned = addresses % 16 == 0 && tiling.rows * tiling.row_bytes % 16 == 0;
+  const int64_t tile_bytes = (tiling.rows * tiling.row_bytes + 15) / 16 * 16;
+  int warps = kMostWarps;
+  while (warps > 1 && warps * tile_bytes > kSharedBytes) warps /= 2;
+  const int64_t tiles = (call.tokens + tiling.rows - 1) / tiling.rows;
+  const auto kernel = route_backward_kernel<T, kDense, kPasses>;
+  const int bytes = static_cast<int>(warps * tile_bytes);
+  if (bytes > kSharedBytes) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (status != cudaSuccess) return status;
+  }
+  const unsigned blocks = static_cast<unsigned>((tiles + warps - 1) / warps);
+  kernel<<<blocks, warps * kWarpSize, bytes, stream>>>(call, options, tiling);
+  return cudaGetLastError();
 }
 
 template <typename T>
-__global__ void __launch_bounds__(8 * kWarpSize)
-    route_backward_kernel(const __grid_constant__ RouteBackward call,
-                          const __grid_constant__ RouteOptions options) {
-  extern __shared__ float rows_of_block[];
-  const WarpRows rows = warp_rows();
-  const int experts = static_cast<int>(call.experts);
-  float* row = rows_of_block + static_cast<int64_t>(rows.warp) * experts;
-  for (int e = rows.lane; e < experts; e += kWarpSize) row[e] = 0.0f;
-  __syncwarp();
-  for (int64_t token = rows.first; token < call.tokens; token += rows.stride) {
-    backward_token<T>(call, options, token, row, rows.lane);
-  }
+cudaError_t launch_type(const RouteBackward& call, const RouteOptions& options,
+                        cudaStream_t stream) {
+  return with_bool(options.dense_gradient(), [&](auto dense) {
+    if (options.k <= kWarpSize) return launch<T, dense.value, 1>(call, options, stream);
+    return launch<T, dense.value, 2>(call, options, stream);
+  });
 }
 
 }  // namespace
 
 cudaError_t launch_route_backward(const RouteBackward& call, const RouteOptions& options,
                                   cudaStream_t stream) {
-  const int64_t bytes = call.experts * static_cast<int64_t>(sizeof(float));
-  switch (call.logits_type) {
-    case LogitsType::kFloat32:
-      return launch_rows(route_backward_kernel<float>, call.tokens, bytes, stream, call, options);
-    case LogitsType::kBfloat16:
-      return launch_rows(route_backward_kernel<Bfloat16>, call.tokens, bytes, stream, call,
-                         options);
-    default:
-      return launch_rows(route_backward_kernel<Float16>, call.tokens, bytes, stream, call, options);
-  }
+  if (call.tokens == 0) return cudaSuccess;
+  if (options.k > 2 * kWarpSize) return launch_route_backward_general(call, options, stream);
+  return with_type(call.logits_type, [&](auto* type) {
+    return launch_type<std::remove_pointer_t<decltype(type)>>(call, options, stream);
+  });
 }
 
 }  // namespace jax_router

@@ -336,7 +336,7 @@ __device__ __forceinline__ void route_token(const RouteForward& call, const Rout
 }
 
 template <typename T>
-__global__ void __launch_bounds__(8 * kWarpSize)
+__global__ void __launch_bounds__(8 * kWarpSize, 4)
     route_general_kernel(const __grid_constant__ RouteForward call,
                          const __grid_constant__ RouteOptions options) {
   extern __shared__ int4 shared[];
