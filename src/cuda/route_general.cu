@@ -8,6 +8,7 @@
 #include "scalar.h"
 #include "select.cuh"
 #include "warp.cuh"
+#include "write.cuh"
 
 namespace jax_router {
 namespace {
@@ -209,6 +210,25 @@ __device__ __forceinline__ float unnormalized(const Slot& slot, const RouteOptio
   return softmax_term(slot.logit, largest);
 }
 
+// Sum of the terms of k slots. Up to 128 in the order that the kernels have which list survivors,
+// so that a choice replayed has the same weights: pairwise at distance 1, 2, 4 ...
+template <typename Term>
+__device__ __forceinline__ float sum_of_terms(Term term, int k, int lane) {
+  if (k > 4 * kWarpSize) {
+    CompensatedSum sum;
+    for (int i = lane; i < k; i += kWarpSize) sum.add(term(i));
+    return warp_sum(sum.sum);
+  }
+  float sums[4];
+#pragma unroll
+  for (int b = 0; b < 4; ++b) {
+    const int i = b * kWarpSize + lane;
+    const float x[1] = {i < k ? term(i) : 0.0f};
+    sums[b] = sum_of_slots<kWarpSize>(x);
+  }
+  return add(add(sums[0], sums[1]), add(sums[2], sums[3]));
+}
+
 // Writes slot i into the dense results. Where the experts were given, one may come twice: its first
 // slot writes the sum of all.
 template <typename T>
@@ -273,9 +293,8 @@ __device__ __forceinline__ void write_token(const RouteForward& call, const Rout
     divisor = row.softmax.total;
     normalizer = divisor;
   } else if (options.renormalize) {
-    CompensatedSum sum;
-    for (int i = row.lane; i < k; i += kWarpSize) sum.add(unnormalized(slot(i), options, largest));
-    const float total = warp_sum(sum.sum);
+    const float total =
+        sum_of_terms([&](int i) { return unnormalized(slot(i), options, largest); }, k, row.lane);
     const bool softmax = options.score == Score::kSoftmax;
     divisor = softmax ? (total > 0.0f ? total : 1.0f) : total + kEpsilon;
     normalizer = softmax ? 1.0f : divisor;

@@ -8,8 +8,8 @@
 namespace jax_router {
 namespace {
 
-// With k <= 8 a warp lists the survivors of a few rows one after the other, the next row being
-// loaded meanwhile, and ranks and writes them together, eight lanes each.
+// With k <= 8 and no bias a warp lists the survivors of a few rows one after the other, the next
+// row being loaded meanwhile, and ranks and writes them together, eight lanes each.
 template <int kChunks>
 using JointShape = Shape<32, kChunks, 1, 32>;
 template <int kChunks>
@@ -18,8 +18,8 @@ using SingleShape = Shape<32, kChunks, 2, 128>;
 constexpr int kMostRows = 4;
 constexpr int64_t kManyTokens = 8192;  // so many that every warp can take kMostRows of them
 
-template <typename T, typename S, bool kBiased, bool kDense>
-__global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 3 : 5)
+template <typename T, typename S, bool kDense>
+__global__ void __launch_bounds__(kRegisterWarps* kWarpSize, 5)
     route_joint_kernel(const __grid_constant__ RouteForward call,
                        const __grid_constant__ RouteOptions options, int rows) {
   using Scratch = WarpScratch<S, kMostRows>;
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 3 : 5)
   const int tokens = static_cast<int>(min(int64_t{rows}, call.tokens - first));
   Scratch& scratch = scratches[warp];
   const uint32_t lists = shared_address(scratch.ids);
-  RowValues<T, kBiased> row = row_values<T, kBiased>(call, options, first);
+  RowValues<T, false> row = row_values<T, false>(call, options, first);
   RegisterRow<T, S> next;
   next.load(row.logits, row.experts, call.aligned, lane);
   const int words = kDense ? bitmap_words(call) : 0;
@@ -46,11 +46,11 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 3 : 5)
   Candidates mine{0, 0, 0, {0.0f, 1.0f}};
   for (int r = 0; r < tokens; ++r) {
     const RegisterRow<T, S> registers = next;
-    row = row_values<T, kBiased>(call, options, first + r);
+    row = row_values<T, false>(call, options, first + r);
     if (r + 1 < tokens) next.load(row.logits + call.experts, row.experts, call.aligned, lane);
     const uint32_t ids = lists + 2 * Scratch::kStride * r;
     bool fits;
-    Candidates found = list_candidates<T, S, kBiased>(
+    Candidates found = list_candidates<T, S, false>(
         options, row, registers, ids, shared_address(scratch.ranks.words), lane, &fits);
     __syncwarp();
     if (!fits) {
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 3 : 5)
   }
   const int64_t token = group < tokens ? first + group : call.tokens;
   const int64_t present = group < tokens ? token : first;
-  row = row_values<T, kBiased>(call, options, present);
+  row = row_values<T, false>(call, options, present);
   row.softmax = mine.softmax;
   const bool real = call.where == nullptr || call.where[present];
   const TokenContext context =
@@ -128,15 +128,15 @@ cudaError_t launch(Kernel kernel, int rows, cudaStream_t stream, const RouteForw
 template <typename T, int kChunks>
 cudaError_t launch_chunks(const RouteForward& call, const RouteOptions& options,
                           cudaStream_t stream) {
-  return with_bool(call.bias != nullptr, [&](auto biased) {
-    return with_bool(call.probs != nullptr, [&](auto dense) {
-      if (options.k > 8) {
-        const auto kernel = route_single_kernel<T, SingleShape<kChunks>, biased.value, dense.value>;
-        return launch(kernel, 1, stream, call, options);
-      }
+  return with_bool(call.probs != nullptr, [&](auto dense) {
+    if (call.bias == nullptr && options.k <= 8) {
       const int rows = call.tokens >= kManyTokens ? kMostRows : 1;
-      const auto kernel = route_joint_kernel<T, JointShape<kChunks>, biased.value, dense.value>;
-      return launch(kernel, rows, stream, call, options, rows);
+      return launch(route_joint_kernel<T, JointShape<kChunks>, dense.value>, rows, stream, call,
+                    options, rows);
+    }
+    return with_bool(call.bias != nullptr, [&](auto biased) {
+      const auto kernel = route_single_kernel<T, SingleShape<kChunks>, biased.value, dense.value>;
+      return launch(kernel, 1, stream, call, options);
     });
   });
 }
