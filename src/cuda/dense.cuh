@@ -1,6 +1,6 @@
-// The dense results of tokens: probabilities and routing map. A row is cleared early, while its
-// logits are on the way, and what was chosen is written over the zeros, by lanes of the same warp.
-// A bitmap is put together in shared memory first, since several experts share its bytes.
+// The dense results of tokens: probabilities and routing map. A row is cleared, and what was chosen
+// is written over the zeros while they are in the cache, by lanes of the same warp. A bitmap is put
+// together in shared memory first, since several experts share its bytes.
 
 #ifndef JAX_ROUTER_CUDA_DENSE_CUH_
 #define JAX_ROUTER_CUDA_DENSE_CUH_

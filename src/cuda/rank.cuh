@@ -11,23 +11,26 @@
 
 namespace jax_router {
 
-// Whether a value of every lane in a group differs from all others of the group; values < 32.
+// Whether the `count` values of each group of lanes all differ; values < 32.
 template <int kLanes, int kSlots>
-__device__ __forceinline__ bool all_differ(const int (&values)[kSlots], int first, int count) {
+__device__ __forceinline__ bool all_differ(const int (&values)[kSlots], int first, int count,
+                                           int lane) {
   uint32_t seen = 0;
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) {
     if (first + i < count) seen |= 1u << values[i];
   }
-  int mine = __popc(seen);
-  bool twice = mine != min(max(count - first, 0), kSlots);
-#pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) {
-    const uint32_t other = __shfl_xor_sync(kAllLanes, seen, distance);
-    twice = twice || (seen & other) != 0;
-    seen |= other;
+  if constexpr (kLanes == kWarpSize) {
+    return __popc(__reduce_or_sync(kAllLanes, seen)) == count;
   }
-  return !twice;
+  bool same = true;
+#pragma unroll
+  for (int group = 0; group < kWarpSize / kLanes; ++group) {
+    const bool mine = group == lane / kLanes;
+    const uint32_t all = __reduce_or_sync(kAllLanes, mine ? seen : 0);
+    if (mine) same = __popc(all) == count;
+  }
+  return same;
 }
 
 // Takes 1 from `count` if other > word: a subtraction and the borrow it leaves.
@@ -69,7 +72,8 @@ __device__ __forceinline__ void rank_words(const uint32_t (&words)[kSlots], int 
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) ranks[i] = -ranks[i];
   if constexpr (!kUnique) {
-    if (__all_sync(kAllLanes, all_differ<kLanes>(ranks, first, count))) return;
+    if (__all_sync(kAllLanes, all_differ<kLanes>(ranks, first, count, threadIdx.x % kWarpSize)))
+      return;
     for (int j = 0; j < kLanes * kSlots; ++j) {
       const uint32_t other = load_shared_u32(shared + 4 * j);
       const uint32_t id = load_shared_u16(ids + 2 * j);

@@ -17,7 +17,6 @@ namespace jax_router {
 namespace {
 
 constexpr int kMostWarps = 4;                // of a block
-constexpr int64_t kTileBytes = 8 * 1024;     // of several rows, where they are small
 constexpr int64_t kSharedBytes = 48 * 1024;  // of a block with more than one warp
 
 // Geometry of a launch. Slots of a token lie in consecutive lanes, or in passes over all lanes.
@@ -110,19 +109,38 @@ __device__ __forceinline__ void merge_equal(Slot (&slots)[kPasses], float (&valu
   for (int i = 0; i < kPasses; ++i) values[i] = sums[i];
 }
 
+// A softmax term for the gradient alone, where the last bits do not matter.
+__device__ __forceinline__ float fast_term(float x, float largest) {
+  return __expf(fminf(fmaxf(x, -kInfinity), kLargest) - largest);
+}
+
 // Turns a row of logits in shared memory into its softmax times -mean, in place. Returns the
 // largest logit: the forward's, exactly; the sum of the terms was saved.
 template <typename T>
 __device__ __forceinline__ float transform_row(T* row, int experts, float mean, float total,
                                                int lane) {
-  float largest = -kLargest;
-  for (int e = lane; e < experts; e += kWarpSize) largest = fmaxf(largest, to_float(row[e]));
-  largest = fminf(warp_max(largest), kLargest);
   const bool alive = total == total;
-  const float factor = (0.0f - mean) / total;
-  for (int e = lane; e < experts; e += kWarpSize) {
-    const float x = fmaxf(to_float(row[e]), -kInfinity);
-    store_value(row + e, alive ? softmax_term(x, largest) * factor : 0.0f);
+  const float factor = alive ? (0.0f - mean) / total : 0.0f;
+  const int whole = experts % 4 == 0 ? experts : 0;  // in fours, which then are aligned
+  float largest = -kLargest;
+  for (int e = 4 * lane; e < whole; e += 4 * kWarpSize) {
+    float x[4];
+    Four<T>::load(row + e).unpack(x);
+    largest = fmaxf(largest, fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])));
+  }
+  for (int e = whole + lane; e < experts; e += kWarpSize)
+    largest = fmaxf(largest, to_float(row[e]));
+  largest = fminf(warp_max(largest), kLargest);
+  for (int e = 4 * lane; e < whole; e += 4 * kWarpSize) {
+    float x[4];
+    Four<T>::load(row + e).unpack(x);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) x[c] = alive ? fast_term(x[c], largest) * factor : 0.0f;
+    Four<T>::pack(x).store(row + e);
+  }
+  for (int e = whole + lane; e < experts; e += kWarpSize) {
+    const float x = fast_term(to_float(row[e]), largest) * factor;
+    store_value(row + e, alive ? x : 0.0f);
   }
   return largest;
 }
@@ -168,7 +186,7 @@ __device__ __forceinline__ void backward_rows(const RouteBackward& call,
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
-      const float y = softmax_term(fmaxf(logits[i], -kInfinity), largest) / normalizer;
+      const float y = fast_term(logits[i], largest) / normalizer;
       values[i] = y * (values[i] - mean);
     }
   } else {
@@ -254,9 +272,9 @@ template <typename T, bool kDense, int kPasses>
 cudaError_t launch(const RouteBackward& call, const RouteOptions& options, cudaStream_t stream) {
   Tiling tiling{1, 1, static_cast<int>(call.experts * sizeof(T)), false};
   while (tiling.lanes < options.k && tiling.lanes < kWarpSize) tiling.lanes *= 2;
-  while (tiling.rows < kWarpSize && 2 * tiling.rows * tiling.row_bytes <= kTileBytes) {
-    tiling.rows *= 2;
-  }
+  // As many rows as find room side by side, and a multiple of 16 bytes where that takes few more.
+  tiling.rows = kWarpSize / tiling.lanes;
+  while (tiling.rows < 8 && tiling.rows * tiling.row_bytes % 16 != 0) tiling.rows *= 2;
   const uintptr_t addresses =
       reinterpret_cast<uintptr_t>(call.gradient) | reinterpret_cast<uintptr_t>(call.logits);
   tiling.aligned = addresses % 16 == 0 && tiling.rows * tiling.row_bytes % 16 == 0;

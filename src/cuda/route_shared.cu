@@ -149,10 +149,6 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
   for (uint32_t phase = 0; next < tokens; phase ^= 1) {
     const int64_t token = token_at(next);
     const bool real = call.where == nullptr || call.where[token];
-    if constexpr (kDense) {
-      clear_bitmap(bits, layout.bitmap_words, lane);
-      clear_dense<T>(call, token, 1, lane);
-    }
     if (call.aligned) scratch.filled.wait(phase);
     __syncwarp();
     const SharedRow<T> shared{row, chunks, lane};
@@ -175,6 +171,11 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
     next = __shfl_sync(kAllLanes, next, 0);
     if (next < tokens) fill_row(call, token_at(next), row, scratch.filled, lane);
 
+    if constexpr (kDense) {
+      // Not earlier, or the zeros would have left the cache by the time they are written over.
+      clear_bitmap(bits, layout.bitmap_words, lane);
+      clear_dense<T>(call, token, 1, lane);
+    }
     const TokenContext context{token,
                                real,
                                survivors.count,

@@ -93,13 +93,13 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : 8)
   const bool real = call.where == nullptr || call.where[token];
   const int words = kDense ? bitmap_words(call) : 0;
   uint32_t* const bits = bitmaps + warp * words;
+  bool fits;
+  Candidates found = list_candidates<T, S, kBiased>(
+      options, row, registers, ids, shared_address(scratch.ranks.words), lane, &fits);
   if constexpr (kDense) {
     clear_bitmap(bits, words, lane);
     clear_dense<T>(call, token, 1, lane);
   }
-  bool fits;
-  Candidates found = list_candidates<T, S, kBiased>(
-      options, row, registers, ids, shared_address(scratch.ranks.words), lane, &fits);
   __syncwarp();
   if (!fits) {
     found.count = relist<S::kListed>(row, found.bound_key, found.top_key,

@@ -44,8 +44,8 @@ struct Survivors {
     uint32_t slot = count + before - mine;
     const uint32_t base = first + lane * kChunk;
     while (mask != 0) {
-      const uint32_t bit = __ffs(static_cast<int>(mask)) - 1;
-      mask &= mask - 1;
+      const uint32_t bit = 31 - __clz(static_cast<int>(mask));
+      mask ^= 1u << bit;
       const uint32_t element = base + bit + (bit & ~3u) * (kLanes - 1);
       store_shared_u16(ids + 2 * smaller(slot, uint32_t{kSize}), element);
       ++slot;

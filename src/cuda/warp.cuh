@@ -3,6 +3,7 @@
 #ifndef JAX_ROUTER_CUDA_WARP_CUH_
 #define JAX_ROUTER_CUDA_WARP_CUH_
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
@@ -107,6 +108,16 @@ __device__ __forceinline__ float to_float(Float16 x) {
   return __half2float(__ushort_as_half(x.bits));
 }
 
+// Rounded to nearest even.
+template <typename T>
+__device__ __forceinline__ T to_half(float x) {
+  if constexpr (std::is_same_v<T, Bfloat16>) {
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+  } else {
+    return {__half_as_ushort(__float2half_rn(x))};
+  }
+}
+
 // Four neighbours as they lie in memory, from an address aligned to all four.
 template <typename T>
 struct Four {
@@ -126,6 +137,13 @@ struct Four {
 #pragma unroll
     for (int c = 0; c < 4; ++c) x[c] = c < count ? p[c].bits : T::kLowest;
     return {{x[0] | x[1] << 16, x[2] | x[3] << 16}};
+  }
+  __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<uint2*>(p) = raw; }
+  __device__ __forceinline__ static Four pack(const float (&x)[4]) {
+    const auto pair = [](float low, float high) {
+      return to_half<T>(low).bits | static_cast<uint32_t>(to_half<T>(high).bits) << 16;
+    };
+    return {{pair(x[0], x[1]), pair(x[2], x[3])}};
   }
   __device__ __forceinline__ void unpack(float (&x)[4]) const {
     x[0] = to_float(T{static_cast<uint16_t>(raw.x)});
@@ -151,6 +169,10 @@ struct Four<float> {
     for (int c = 0; c < 4; ++c) x[c] = c < count ? p[c] : -kInfinity;
     return {{x[0], x[1], x[2], x[3]}};
   }
+  __device__ __forceinline__ void store(float* p) const { *reinterpret_cast<float4*>(p) = raw; }
+  __device__ __forceinline__ static Four pack(const float (&x)[4]) {
+    return {{x[0], x[1], x[2], x[3]}};
+  }
   __device__ __forceinline__ void unpack(float (&x)[4]) const {
     x[0] = raw.x;
     x[1] = raw.y;
@@ -160,11 +182,9 @@ struct Four<float> {
 };
 
 __device__ __forceinline__ void store_value(float* p, float x) { *p = x; }
-__device__ __forceinline__ void store_value(Bfloat16* p, float x) {
-  p->bits = bfloat16_from_float(x);
-}
-__device__ __forceinline__ void store_value(Float16* p, float x) {
-  p->bits = float16_from_float(x);
+template <typename T>
+__device__ __forceinline__ void store_value(T* p, float x) {
+  *p = to_half<T>(x);
 }
 
 // Calls f with a null pointer to the type of the logits.

@@ -59,7 +59,7 @@ struct TokenContext {
 
 // Writes the first k slots of a token. `values` are what the slots were compared by, `logits` their
 // logits, both with NaN as -inf.
-template <typename T, bool kDense, int kLanes, int kSlots>
+template <typename T, bool kBiased, bool kDense, int kLanes, int kSlots>
 __device__ __forceinline__ void write_slots(const RouteForward& call, const RouteOptions& options,
                                             const TokenContext& context,
                                             const int (&experts)[kSlots],
@@ -69,7 +69,8 @@ __device__ __forceinline__ void write_slots(const RouteForward& call, const Rout
   const int64_t token = context.token;
   const bool real = context.real;
   const Softmax& softmax = context.softmax;
-  const bool uniform = !(__shfl_sync(kAllLanes, values[0], 0, kLanes) > -kInfinity);
+  const float best = __shfl_sync(kAllLanes, values[0], 0, kLanes);
+  const bool uniform = !(best > -kInfinity);
   float weights[kSlots];
   bool active[kSlots];
 #pragma unroll
@@ -81,7 +82,10 @@ __device__ __forceinline__ void write_slots(const RouteForward& call, const Rout
   float normalizer = 1.0f;
   if (options.score == Score::kSoftmax) {
     float largest = softmax.largest;
-    if (options.renormalize) largest = larger(largest_of_slots<kLanes>(weights), -kLargest);
+    if (options.renormalize) {
+      largest = kBiased ? largest_of_slots<kLanes>(weights) : smaller(best, kLargest);
+      largest = larger(largest, -kLargest);
+    }
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) weights[i] = exp_nonpositive(add(weights[i], -largest));
     divisor = softmax.total;
@@ -166,7 +170,7 @@ __device__ __forceinline__ void rank_and_write(
   const int experts[1] = {static_cast<int>(mine.y)};
   const float values[1] = {Order::value(mine.x)};
   const float logits[1] = {chosen_logit(row, experts[0], values[0])};
-  write_slots<T, kDense, kLanes>(call, options, context, experts, values, logits, lane);
+  write_slots<T, kBiased, kDense, kLanes>(call, options, context, experts, values, logits, lane);
 }
 
 // The same for more survivors, by a sorting network; one token a warp.
@@ -195,7 +199,7 @@ __device__ __forceinline__ void sort_and_write(const RouteForward& call,
     values[i] = Order::value(sorted[i].word);
     logits[i] = chosen_logit(row, experts[i], values[i]);
   }
-  write_slots<T, kDense, kWarpSize>(call, options, context, experts, values, logits, lane);
+  write_slots<T, kBiased, kDense, kWarpSize>(call, options, context, experts, values, logits, lane);
 }
 
 // Any number of survivors up to 128, one token a warp.
