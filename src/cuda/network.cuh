@@ -101,11 +101,64 @@ __device__ __forceinline__ Bound eighth_of_classes(float (&x)[4], int lane) {
           key_from_float(larger(high, __shfl_xor_sync(kAllLanes, high, 1)))};
 }
 
-// From kClasses classes a lane: the k-th largest of 32 * kClasses, rounded down to a bfloat16, by
-// counting what lies above each. `words` is the warp's, of 64 * kClasses bytes.
+// ---- class maxima in shared memory, as bfloat16 rounded down: 32 * kClasses of them ----
+
+// Where they are, none if kClasses is 0.
 template <int kClasses>
-__device__ __forceinline__ Bound kth_of_classes(const float (&x)[kClasses], int k, uint32_t words,
-                                                int lane) {
+struct ClassMaxima {
+  uint32_t address;  // of 64 * kClasses bytes
+
+  // Bits of this lane's own.
+  __device__ __forceinline__ void load(int lane, uint32_t (&halves)[kClasses]) const {
+    if constexpr (kClasses == 1) {
+      halves[0] = load_shared_u16(address + 2 * lane);
+    } else {
+      const uint32_t both = load_shared_u32(address + 4 * lane);
+      halves[0] = both & 0xffffu;
+      halves[1] = both >> 16;
+    }
+  }
+  __device__ __forceinline__ void store(int lane, const uint32_t (&halves)[kClasses]) const {
+    if constexpr (kClasses == 1) {
+      store_shared_u16(address + 2 * lane, halves[0]);
+    } else {
+      store_shared_u32(address + 4 * lane, halves[0] | halves[1] << 16);
+    }
+  }
+
+  // Key of the k-th largest, by counting what lies above each. `halves` are this lane's own.
+  __device__ __forceinline__ int32_t kth(int k, const uint32_t (&halves)[kClasses]) const {
+    __nv_bfloat162 above[kClasses];
+#pragma unroll
+    for (int i = 0; i < kClasses; ++i) above[i] = bfloat16_pair(0);
+#pragma unroll
+    for (int j = 0; j < 4 * kClasses; ++j) {
+      uint32_t others[4];
+      load_shared_four(address + 16 * j, others);
+#pragma unroll
+      for (int i = 0; i < kClasses; ++i) {
+        const __nv_bfloat162 mine = bfloat16_pair(halves[i] | halves[i] << 16);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          above[i] = __hadd2(above[i], __hgt2(bfloat16_pair(others[c]), mine));
+        }
+      }
+    }
+    int32_t kth = INT32_MAX;
+#pragma unroll
+    for (int i = 0; i < kClasses; ++i) {
+      const float count = __low2float(above[i]) + __high2float(above[i]);
+      const int32_t key = flip_order(static_cast<int32_t>(halves[i] << 16));
+      if (count < static_cast<float>(k)) kth = smaller(kth, key);
+    }
+    return __reduce_min_sync(kAllLanes, kth);
+  }
+};
+
+// From kClasses classes a lane: the k-th largest of all, rounded down.
+template <int kClasses>
+__device__ __forceinline__ Bound kth_of_classes(const float (&x)[kClasses], int k,
+                                                ClassMaxima<kClasses> maxima, int lane) {
   uint32_t halves[kClasses];
   int32_t top = INT32_MIN;
 #pragma unroll
@@ -115,36 +168,10 @@ __device__ __forceinline__ Bound kth_of_classes(const float (&x)[kClasses], int 
     halves[i] = static_cast<uint32_t>(bits + ((bits >> 31) & 0xffff)) >> 16;
   }
   __syncwarp();
-  if constexpr (kClasses == 1) {
-    store_shared_u16(words + 2 * lane, halves[0]);
-  } else {
-    store_shared_u32(words + 4 * lane, halves[0] | halves[1] << 16);
-  }
+  maxima.store(lane, halves);
   __syncwarp();
-  __nv_bfloat162 above[kClasses];
-#pragma unroll
-  for (int i = 0; i < kClasses; ++i) above[i] = bfloat16_pair(0);
-#pragma unroll
-  for (int j = 0; j < 4 * kClasses; ++j) {
-    uint32_t others[4];
-    load_shared_four(words + 16 * j, others);
-#pragma unroll
-    for (int i = 0; i < kClasses; ++i) {
-      const __nv_bfloat162 mine = bfloat16_pair(halves[i] | halves[i] << 16);
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        above[i] = __hadd2(above[i], __hgt2(bfloat16_pair(others[c]), mine));
-      }
-    }
-  }
-  int32_t kth = INT32_MAX;
-#pragma unroll
-  for (int i = 0; i < kClasses; ++i) {
-    const float count = __low2float(above[i]) + __high2float(above[i]);
-    const int32_t key = flip_order(static_cast<int32_t>(halves[i] << 16));
-    if (count < static_cast<float>(k)) kth = smaller(kth, key);
-  }
-  return {float_from_key(__reduce_min_sync(kAllLanes, kth)), __reduce_max_sync(kAllLanes, top)};
+  const int32_t kth = maxima.kth(k, halves);
+  return {float_from_key(kth), __reduce_max_sync(kAllLanes, top)};
 }
 
 }  // namespace jax_router

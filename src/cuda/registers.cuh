@@ -23,6 +23,7 @@ struct Shape {
   static constexpr int kChunks = kChunks_;
   static constexpr int kClasses = kClasses_;
   static constexpr int kListed = kListed_;
+  static constexpr int kMaxima = kLanes == kWarpSize ? kClasses : 0;  // in shared memory
 };
 
 // A row in registers: element (j * kLanes + lane) * 4 + c in part c of chunk j.
@@ -87,7 +88,7 @@ __device__ __forceinline__ Softmax softmax_of(const float (&x)[S::kChunks][kChun
 
 template <typename S>
 __device__ __forceinline__ Bound bound_of(const float (&x)[S::kChunks][kChunk], int k,
-                                          uint32_t words, int lane) {
+                                          ClassMaxima<S::kMaxima> maxima, int lane) {
   float classes[S::kClasses];
 #pragma unroll
   for (int i = 0; i < S::kClasses; ++i) classes[i] = -kInfinity;
@@ -101,7 +102,7 @@ __device__ __forceinline__ Bound bound_of(const float (&x)[S::kChunks][kChunk], 
   if constexpr (S::kLanes == 8) {
     return eighth_of_classes(classes, lane);
   } else {
-    return kth_of_classes(classes, k, words, lane);
+    return kth_of_classes(classes, k, maxima, lane);
   }
 }
 
@@ -165,8 +166,8 @@ template <typename T, typename S, bool kBiased>
 __device__ __forceinline__ Candidates list_candidates(const RouteOptions& options,
                                                       RowValues<T, kBiased>& row,
                                                       const RegisterRow<T, S>& registers,
-                                                      uint32_t ids, uint32_t words, int lane,
-                                                      bool* fits) {
+                                                      uint32_t ids, ClassMaxima<S::kMaxima> maxima,
+                                                      int lane, bool* fits) {
   float x[S::kChunks][kChunk];
   registers.unpack(x);
   if (options.score == Score::kSoftmax && (kBiased || !options.renormalize)) {
@@ -187,7 +188,7 @@ __device__ __forceinline__ Candidates list_candidates(const RouteOptions& option
     for (int e = lane; e < row.experts; e += S::kLanes) store_shared_u16(ids + 2 * e, e);
     return {row.experts, kLowestKey, INT32_MAX, row.softmax};
   }
-  const Bound bound = bound_of<S>(x, static_cast<int>(options.k), words, lane);
+  const Bound bound = bound_of<S>(x, static_cast<int>(options.k), maxima, lane);
   Survivors<S::kLanes, S::kListed> survivors{ids, lane, 0};
   list_survivors<S>(x, bound.bound, survivors);
   *fits = !survivors.overflow() && bound.bound > -kInfinity;

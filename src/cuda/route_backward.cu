@@ -17,6 +17,8 @@ namespace jax_router {
 namespace {
 
 constexpr int kMostWarps = 4;                // of a block
+constexpr int kSparseTileBytes = 8 * 1024;   // of several rows
+constexpr int kDenseTileBytes = 2 * 1024;    // fewer, for they are worked on one after the other
 constexpr int64_t kSharedBytes = 48 * 1024;  // of a block with more than one warp
 
 // Geometry of a launch. Slots of a token lie in consecutive lanes, or in passes over all lanes.
@@ -66,42 +68,92 @@ __device__ __forceinline__ float slot_gradient(const Slot& slot, const RouteOpti
   return h * score_gradient(slot.p * normalizer, options.score);
 }
 
+// The slots of as many tokens as find room side by side in a warp.
+template <int kPasses>
+struct Group {
+  Slot slots[kPasses];
+  int row;  // in the tile, of this lane
+  float normalizer;
+  float mean;  // sum of h p over the slots
+};
+
+template <typename T, int kPasses>
+__device__ __forceinline__ Group<kPasses> load_group(const RouteBackward& call,
+                                                     const RouteOptions& options,
+                                                     const Tiling& tiling, int64_t first,
+                                                     int row_begin, int tokens, int lane) {
+  Group<kPasses> group;
+  group.row = row_begin + lane / tiling.lanes;
+  const bool there = group.row < tokens;
+  const int64_t token = first + (there ? group.row : 0);
+  group.normalizer = call.normalizer[token];
+  // A row without normalizer is padding, or has no key above -inf.
+  const bool alive = there && group.normalizer == group.normalizer;
+  group.mean = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    const int slot = i * kWarpSize + lane % tiling.lanes;
+    group.slots[i] = load_slot<T>(call, options, token, slot, alive);
+    group.mean += group.slots[i].h * group.slots[i].p;
+  }
+  group.mean = sum_of_lanes(group.mean, tiling.lanes);
+  return group;
+}
+
+__device__ __forceinline__ void store_mark(float* p, int mark) { *p = __int_as_float(mark); }
+__device__ __forceinline__ int load_mark(const float* p) { return __float_as_int(*p); }
+template <typename T>
+__device__ __forceinline__ void store_mark(T* p, int mark) {
+  p->bits = static_cast<uint16_t>(mark);
+}
+template <typename T>
+__device__ __forceinline__ int load_mark(const T* p) {
+  return p->bits;
+}
+
+// Whether two slots of a token have the same expert: each leaves a mark in its place of the tile,
+// to be written over later, and looks whose is there.
+template <typename T, int kPasses>
+__device__ __forceinline__ bool any_twice(const Group<kPasses>& group, T* row, int lane) {
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    const int expert = group.slots[i].expert;
+    if (expert >= 0) store_mark(row + expert, i * kWarpSize + lane);
+  }
+  __syncwarp();
+  bool twice = false;
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    const int expert = group.slots[i].expert;
+    twice = twice || (expert >= 0 && load_mark(row + expert) != i * kWarpSize + lane);
+  }
+  return __any_sync(kAllLanes, twice);
+}
+
 // Where an expert was given twice, its first slot takes the sum of all, in slot order, and the
 // others drop out.
 template <int kPasses>
-__device__ __forceinline__ void merge_equal(Slot (&slots)[kPasses], float (&values)[kPasses], int k,
+__device__ __forceinline__ void merge_equal(Group<kPasses>& group, float (&values)[kPasses],
                                             int lanes, int lane) {
-  bool twice = false;
-  const int group = lane / lanes;
-#pragma unroll
-  for (int i = 0; i < kPasses; ++i) {
-    const int64_t key = slots[i].expert < 0 ? -1 - lane : int64_t{slots[i].expert} * 32 + group;
-    twice = twice || __popc(__match_any_sync(kAllLanes, key)) > 1;
-    for (int j = 0; j < k - kWarpSize && i > 0; ++j) {  // one token a warp
-      const int other = __shfl_sync(kAllLanes, slots[i].expert, j);
-      twice = twice || (other >= 0 && other == slots[0].expert);
-    }
-  }
-  if (!__any_sync(kAllLanes, twice)) return;
+  const int begin = lane / lanes * lanes;
   int experts[kPasses];
   float sums[kPasses];
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
-    experts[i] = slots[i].expert;
+    experts[i] = group.slots[i].expert;
     sums[i] = 0.0f;
   }
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     for (int j = 0; j < lanes; ++j) {
-      const int from = group * lanes + j;
-      const int other = __shfl_sync(kAllLanes, experts[pass], from);
-      const float value = __shfl_sync(kAllLanes, values[pass], from);
+      const int other = __shfl_sync(kAllLanes, experts[pass], begin + j);
+      const float value = __shfl_sync(kAllLanes, values[pass], begin + j);
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
         if (other < 0 || other != experts[i]) continue;
         sums[i] += value;
-        const bool earlier = pass < i || (pass == i && from < lane);
-        if (earlier) slots[i].expert = -1;
+        const bool earlier = pass < i || (pass == i && begin + j < lane);
+        if (earlier) group.slots[i].expert = -1;
       }
     }
   }
@@ -145,60 +197,48 @@ __device__ __forceinline__ float transform_row(T* row, int experts, float mean, 
   return largest;
 }
 
-// Makes the gradient of tokens first + row_begin and on, as many as have room side by side.
+// Makes the gradient of the rows of a group, in a tile of zeros or of logits.
 template <typename T, bool kDense, int kPasses>
-__device__ __forceinline__ void backward_rows(const RouteBackward& call,
-                                              const RouteOptions& options, const Tiling& tiling,
-                                              int64_t first, int row_begin, int tokens, T* tile,
-                                              int lane) {
-  const int experts = static_cast<int>(call.experts);
-  const int row = row_begin + lane / tiling.lanes;
-  const bool there = row < tokens;
-  const int64_t token = first + (there ? row : 0);
-  const float normalizer = call.normalizer[token];
-  const bool alive = there && normalizer == normalizer;  // else padding, or no key above -inf
-  Slot slots[kPasses];
-  float mean = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kPasses; ++i) {
-    slots[i] = load_slot<T>(call, options, token, i * kWarpSize + lane % tiling.lanes, alive);
-    mean += slots[i].h * slots[i].p;
-  }
-  mean = sum_of_lanes(mean, tiling.lanes);
+__device__ __forceinline__ void apply_group(const RouteOptions& options, const Tiling& tiling,
+                                            Group<kPasses>& group, int experts, int tokens, T* tile,
+                                            int lane) {
+  T* const row = tile + group.row * experts;
   float values[kPasses];
+  float logits[kPasses];
+  float largest = 0.0f;
   if constexpr (kDense) {
-    float logits[kPasses];
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
-      values[i] = slots[i].h;
-      logits[i] = slots[i].expert < 0 ? 0.0f : to_float(tile[row * experts + slots[i].expert]);
-    }
-    merge_equal(slots, values, static_cast<int>(options.k), tiling.lanes, lane);
-    __syncwarp();
-    float largest = 0.0f;
-    for (int r = row_begin; r < tokens && r < row_begin + kWarpSize / tiling.lanes; ++r) {
-      const int source = (r - row_begin) * tiling.lanes;
-      const float row_mean = __shfl_sync(kAllLanes, mean, source);
-      const float row_total = __shfl_sync(kAllLanes, normalizer, source);
-      const float found = transform_row(tile + r * experts, experts, row_mean, row_total, lane);
-      if (r == row) largest = found;
+      values[i] = group.slots[i].h;
+      logits[i] = group.slots[i].expert < 0 ? 0.0f : to_float(row[group.slots[i].expert]);
     }
     __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      const float y = fast_term(logits[i], largest) / normalizer;
-      values[i] = y * (values[i] - mean);
+    for (int g = 0; g < kWarpSize / tiling.lanes; ++g) {
+      const int source = g * tiling.lanes;
+      const int r = __shfl_sync(kAllLanes, group.row, source);
+      if (r >= tokens) break;
+      const float mean = __shfl_sync(kAllLanes, group.mean, source);
+      const float total = __shfl_sync(kAllLanes, group.normalizer, source);
+      const float found = transform_row(tile + r * experts, experts, mean, total, lane);
+      if (r == group.row) largest = found;
     }
+    __syncwarp();
   } else {
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
-      values[i] = slot_gradient(slots[i], options, mean, normalizer);
+      values[i] = slot_gradient(group.slots[i], options, group.mean, group.normalizer);
     }
-    merge_equal(slots, values, static_cast<int>(options.k), tiling.lanes, lane);
   }
+  if (any_twice(group, row, lane)) merge_equal(group, values, tiling.lanes, lane);
+  __syncwarp();
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
-    if (slots[i].expert >= 0) store_value(tile + row * experts + slots[i].expert, values[i]);
+    if (group.slots[i].expert < 0) continue;
+    if constexpr (kDense) {
+      const float y = fast_term(logits[i], largest) / group.normalizer;
+      values[i] = y * (values[i] - group.mean);
+    }
+    store_value(row + group.slots[i].expert, values[i]);
   }
 }
 
@@ -217,7 +257,7 @@ __device__ __forceinline__ void copy_tile(void* to, const void* from, int64_t by
 }
 
 template <typename T, bool kDense, int kPasses>
-__global__ void __launch_bounds__(kMostWarps* kWarpSize)
+__global__ void __launch_bounds__(kMostWarps* kWarpSize, 6)
     route_backward_kernel(const __grid_constant__ RouteBackward call,
                           const __grid_constant__ RouteOptions options,
                           const __grid_constant__ Tiling tiling) {
@@ -241,18 +281,24 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize)
         barriers[warp].init();
         barriers[warp].load(tile, logits, bytes);
       }
-      __syncwarp();
-      barriers[warp].wait(0);
     } else {
       copy_tile(tile, logits, bytes, tiling.aligned, lane);
     }
+  }
+  auto group = load_group<T, kPasses>(call, options, tiling, first, 0, tokens, lane);
+  if constexpr (kDense) {
+    __syncwarp();
+    if (bulk) barriers[warp].wait(0);
   } else {
     int4* words = reinterpret_cast<int4*>(tile);
     for (int i = lane; i < tile_bytes / 16; i += kWarpSize) words[i] = make_int4(0, 0, 0, 0);
   }
   __syncwarp();
-  for (int r = 0; r < tokens; r += kWarpSize / tiling.lanes) {
-    backward_rows<T, kDense, kPasses>(call, options, tiling, first, r, tokens, tile, lane);
+  const int experts = static_cast<int>(call.experts);
+  const int together = kWarpSize / tiling.lanes;
+  for (int r = 0; r < tokens; r += together) {
+    if (r > 0) group = load_group<T, kPasses>(call, options, tiling, first, r, tokens, lane);
+    apply_group<T, kDense>(options, tiling, group, experts, tokens, tile, lane);
   }
   T* const gradient = static_cast<T*>(call.gradient) + begin;
   if (bulk) {
@@ -272,8 +318,11 @@ template <typename T, bool kDense, int kPasses>
 cudaError_t launch(const RouteBackward& call, const RouteOptions& options, cudaStream_t stream) {
   Tiling tiling{1, 1, static_cast<int>(call.experts * sizeof(T)), false};
   while (tiling.lanes < options.k && tiling.lanes < kWarpSize) tiling.lanes *= 2;
-  // As many rows as find room side by side, and a multiple of 16 bytes where that takes few more.
+  // As many rows as find room side by side and in the tile, and a multiple of 16 bytes where that
+  // takes few more.
   tiling.rows = kWarpSize / tiling.lanes;
+  const int most = kDense ? kDenseTileBytes : kSparseTileBytes;
+  while (tiling.rows > 1 && tiling.rows * tiling.row_bytes > most) tiling.rows /= 2;
   while (tiling.rows < 8 && tiling.rows * tiling.row_bytes % 16 != 0) tiling.rows *= 2;
   const uintptr_t addresses =
       reinterpret_cast<uintptr_t>(call.gradient) | reinterpret_cast<uintptr_t>(call.logits);

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : 8)
   const uint32_t lists = shared_address(scratch.ids);
   const uint32_t ids = lists + 2 * Scratch::kStride * group;
   bool fits;
-  Candidates found = list_candidates<T, S, kBiased>(options, row, registers, ids, 0, lane, &fits);
+  Candidates found = list_candidates<T, S, kBiased>(options, row, registers, ids, {}, lane, &fits);
   __syncwarp();
   if (!__all_sync(kAllLanes, fits)) {
     for (int g = 0; g < kTokens; ++g) {
@@ -56,8 +56,9 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : 8)
       other.softmax.total = __shfl_sync(kAllLanes, row.softmax.total, source);
       const int32_t bound_key = __shfl_sync(kAllLanes, found.bound_key, source);
       const int32_t top_key = __shfl_sync(kAllLanes, found.top_key, source);
-      const int count = relist<S::kListed>(other, bound_key, top_key, static_cast<int>(options.k),
-                                           lists + 2 * Scratch::kStride * g, warp_lane);
+      const int count =
+          relist<S::kListed>(other, bound_key, top_key, static_cast<int>(options.k),
+                             ClassMaxima<0>{}, lists + 2 * Scratch::kStride * g, warp_lane);
       if (g == group) found.count = count;
     }
     __syncwarp();

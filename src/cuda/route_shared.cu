@@ -29,7 +29,7 @@ struct SharedRow {
   }
 
   template <int kClasses>
-  __device__ __forceinline__ Bound bound(int k, uint32_t words) const {
+  __device__ __forceinline__ Bound bound(int k, ClassMaxima<kClasses> maxima) const {
     float classes[kClasses];
 #pragma unroll
     for (int i = 0; i < kClasses; ++i) classes[i] = -kInfinity;
@@ -42,7 +42,7 @@ struct SharedRow {
         classes[c % kClasses] = larger(classes[c % kClasses], x[c]);
       }
     }
-    return kth_of_classes(classes, k, words, lane);
+    return kth_of_classes(classes, k, maxima, lane);
   }
 
   template <typename List>
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
   SharedScratch& scratch = *reinterpret_cast<SharedScratch*>(memory + layout.row_bytes);
   uint32_t* const bits = reinterpret_cast<uint32_t*>(&scratch + 1);
   const uint32_t ids = shared_address(scratch.ids);
-  const uint32_t words = shared_address(scratch.ranks.words);
+  const ClassMaxima<kClasses> maxima{shared_address(scratch.ranks.words)};
   const int k = static_cast<int>(options.k);
   const int experts = static_cast<int>(call.experts);
   const int chunks = (experts + kPadding - 1) / kPadding;
@@ -153,13 +153,13 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
     __syncwarp();
     const SharedRow<T> shared{row, chunks, lane};
     RowValues<T, false> values{row, nullptr, experts, true, options.score, {0.0f, 1.0f}};
-    const Bound bound = shared.template bound<kClasses>(k, words);
+    const Bound bound = shared.bound(k, maxima);
     const int32_t bound_key = key_from_float(bound.bound);
     if (options.dense_gradient()) values.softmax = shared.softmax(float_from_key(bound.top_key));
     Survivors<kWarpSize, kListed> survivors{ids, lane, 0};
     shared.list(bound.bound, survivors);
     if (survivors.overflow() || !(bound.bound > -kInfinity)) {
-      survivors.count = relist<kListed>(values, bound_key, bound.top_key, k, ids, lane);
+      survivors.count = relist<kListed>(values, bound_key, bound.top_key, k, maxima, ids, lane);
     }
     __syncwarp();
     for (int slot = lane; slot < survivors.count; slot += kWarpSize) {

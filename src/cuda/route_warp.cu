@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, 5)
   const int tokens = static_cast<int>(min(int64_t{rows}, call.tokens - first));
   Scratch& scratch = scratches[warp];
   const uint32_t lists = shared_address(scratch.ids);
+  const ClassMaxima<S::kMaxima> maxima{shared_address(scratch.ranks.words)};
   RowValues<T, false> row = row_values<T, false>(call, options, first);
   RegisterRow<T, S> next;
   next.load(row.logits, row.experts, call.aligned, lane);
@@ -50,12 +51,12 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, 5)
     if (r + 1 < tokens) next.load(row.logits + call.experts, row.experts, call.aligned, lane);
     const uint32_t ids = lists + 2 * Scratch::kStride * r;
     bool fits;
-    Candidates found = list_candidates<T, S, false>(
-        options, row, registers, ids, shared_address(scratch.ranks.words), lane, &fits);
+    Candidates found =
+        list_candidates<T, S, false>(options, row, registers, ids, maxima, lane, &fits);
     __syncwarp();
     if (!fits) {
       found.count = relist<S::kListed>(row, found.bound_key, found.top_key,
-                                       static_cast<int>(options.k), ids, lane);
+                                       static_cast<int>(options.k), maxima, ids, lane);
       __syncwarp();
     }
     if (group == r) mine = found;
@@ -87,6 +88,7 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : 8)
   if (token >= call.tokens) return;
   Scratch& scratch = scratches[warp];
   const uint32_t ids = shared_address(scratch.ids);
+  const ClassMaxima<S::kMaxima> maxima{shared_address(scratch.ranks.words)};
   RowValues<T, kBiased> row = row_values<T, kBiased>(call, options, token);
   RegisterRow<T, S> registers;
   registers.load(row.logits, row.experts, call.aligned, lane);
@@ -94,8 +96,8 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : 8)
   const int words = kDense ? bitmap_words(call) : 0;
   uint32_t* const bits = bitmaps + warp * words;
   bool fits;
-  Candidates found = list_candidates<T, S, kBiased>(
-      options, row, registers, ids, shared_address(scratch.ranks.words), lane, &fits);
+  Candidates found =
+      list_candidates<T, S, kBiased>(options, row, registers, ids, maxima, lane, &fits);
   if constexpr (kDense) {
     clear_bitmap(bits, words, lane);
     clear_dense<T>(call, token, 1, lane);
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : 8)
   __syncwarp();
   if (!fits) {
     found.count = relist<S::kListed>(row, found.bound_key, found.top_key,
-                                     static_cast<int>(options.k), ids, lane);
+                                     static_cast<int>(options.k), maxima, ids, lane);
     __syncwarp();
   }
   finish_token<kDense>(call, options, context_of(token, real, found, ids, bits), row, scratch.ranks,

@@ -123,30 +123,72 @@ __device__ __forceinline__ void list_with_ties(const Row& row, int32_t kth, int 
   }
 }
 
+// Limits between which the k-th largest of a row lies: at least k values reach `low`, fewer than k
+// reach `high`. As floats the two zeros are equal, so that either stands for both.
+template <typename Row>
+struct Bracket {
+  const Row& row;
+  int k;
+  int lane;
+  int64_t low;
+  int64_t high;
+  int reaching;  // `low`; INT32_MAX before that is known
+
+  __device__ __forceinline__ bool open() const { return high - low > 1; }
+
+  // Moves one of the limits to `next`, which lies between them. True if it was the lower one.
+  __device__ __forceinline__ bool move(int64_t next) {
+    const int count = count_at_least(row, float_from_key(static_cast<int32_t>(next)), lane);
+    if (count < k) {
+      high = next;
+      return false;
+    }
+    low = next;
+    reaching = count;
+    return true;
+  }
+
+  // Tries larger and larger class maxima, of which few are in the way if many of the large values
+  // fell into few classes.
+  template <int kClasses>
+  __device__ __forceinline__ void narrow_by_classes(ClassMaxima<kClasses> maxima, int size) {
+    uint32_t halves[kClasses];
+    maxima.load(lane, halves);
+    int few = 0;   // the few-th largest is too large
+    int many = k;  // more than `size` values reach the many-th largest
+    while (reaching > size && many - few > 1) {
+      const int rank = (few + many) / 2;
+      const int32_t next = maxima.kth(rank, halves);
+      const bool reached = next <= low || (next < high && move(next));
+      (reached ? many : few) = rank;
+    }
+  }
+
+  __device__ __forceinline__ void narrow(int size) {
+    bool by_value = true;
+    while (reaching > size && open()) {
+      move(between(low, high, by_value));
+      by_value = !by_value;
+    }
+  }
+};
+
 // Raises the bound of a row until at most kSize values reach it, or until it is the k-th largest
 // itself, and lists what is left. Returns how many that are.
-template <int kSize, typename Row>
-__device__ __noinline__ int relist(const Row row, int32_t bound, int32_t top, int k, uint32_t ids,
-                                   int lane) {
-  int64_t low = bound;              // at least k values reach it
-  int64_t high = int64_t{top} + 1;  // fewer than k do
-  int reaching = INT32_MAX;
-  bool by_value = false;
-  for (int64_t next = low + 1; reaching > kSize && high - low > 1;
-       next = between(low, high, by_value)) {
-    // As floats the two zeros are equal, so that 0 stands for both.
-    const int count = count_at_least(row, float_from_key(static_cast<int32_t>(next)), lane);
-    if (count >= k) {
-      low = next;
-      reaching = count;
-    } else {
-      high = next;
-    }
-    by_value = !by_value;
+template <int kSize, int kClasses, typename Row>
+__device__ __noinline__ int relist(const Row row, int32_t bound, int32_t top, int k,
+                                   ClassMaxima<kClasses> maxima, uint32_t ids, int lane) {
+  Bracket<Row> bracket{row, k, lane, bound, int64_t{top} + 1, INT32_MAX};
+  // If it cannot be raised at all, the bound is the k-th largest, with ties.
+  const bool raised = bracket.open() && bracket.move(bracket.low + 1);
+  if constexpr (kClasses > 0) {
+    if (raised) bracket.narrow_by_classes(maxima, kSize);
   }
-  if (reaching <= kSize) {
+  if (raised) bracket.narrow(kSize);
+  int32_t low = static_cast<int32_t>(bracket.low);
+  if (bracket.reaching <= kSize) {
     Survivors<kWarpSize, kSize> survivors{ids, lane, 0};
-    append_at_least(row, float_from_key(static_cast<int32_t>(low)), survivors);
+    append_at_least(row, float_from_key(low), survivors);
     return survivors.count;
   }
   if (low == key_from_float(0.0f)) {
@@ -154,7 +196,7 @@ __device__ __noinline__ int relist(const Row row, int32_t bound, int32_t top, in
     for (int e = lane; e < row.experts; e += kWarpSize) reached += row.key(e) >= low;
     if (__reduce_add_sync(kAllLanes, reached) < k) --low;  // -0
   }
-  list_with_ties(row, static_cast<int32_t>(low), k, ids, lane);
+  list_with_ties(row, low, k, ids, lane);
   return k;
 }
 
