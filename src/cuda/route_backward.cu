@@ -17,11 +17,11 @@ namespace jax_router {
 namespace {
 
 constexpr int kMostWarps = 4;                // of a block
-constexpr int kSparseTileBytes = 8 * 1024;   // of several rows
-constexpr int kDenseTileBytes = 2 * 1024;    // fewer, for they are worked on one after the other
+constexpr int kTileBytes = 8 * 1024;         // of several rows
 constexpr int64_t kSharedBytes = 48 * 1024;  // of a block with more than one warp
+constexpr int64_t kMostSlots = 64;           // of a token
 
-// Geometry of a launch. Slots of a token lie in consecutive lanes, or in passes over all lanes.
+// Geometry of a launch. Slot i of a token lies in lane i mod `lanes` of it.
 struct Tiling {
   int rows;   // of a tile
   int lanes;  // of a token, a power of two
@@ -92,7 +92,7 @@ __device__ __forceinline__ Group<kPasses> load_group(const RouteBackward& call,
   group.mean = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
-    const int slot = i * kWarpSize + lane % tiling.lanes;
+    const int slot = i * tiling.lanes + lane % tiling.lanes;
     group.slots[i] = load_slot<T>(call, options, token, slot, alive);
     group.mean += group.slots[i].h * group.slots[i].p;
   }
@@ -257,7 +257,8 @@ __device__ __forceinline__ void copy_tile(void* to, const void* from, int64_t by
 }
 
 template <typename T, bool kDense, int kPasses>
-__global__ void __launch_bounds__(kMostWarps* kWarpSize, 6)
+__global__ void __launch_bounds__(kMostWarps* kWarpSize,
+                                  kPasses == 1 ? (kDense ? 9 : 12) : (kPasses < 8 ? 8 : 6))
     route_backward_kernel(const __grid_constant__ RouteBackward call,
                           const __grid_constant__ RouteOptions options,
                           const __grid_constant__ Tiling tiling) {
@@ -314,23 +315,28 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 6)
   }
 }
 
-template <typename T, bool kDense, int kPasses>
-cudaError_t launch(const RouteBackward& call, const RouteOptions& options, cudaStream_t stream) {
-  Tiling tiling{1, 1, static_cast<int>(call.experts * sizeof(T)), false};
-  while (tiling.lanes < options.k && tiling.lanes < kWarpSize) tiling.lanes *= 2;
-  // As many rows as find room side by side and in the tile, and a multiple of 16 bytes where that
-  // takes few more.
-  tiling.rows = kWarpSize / tiling.lanes;
-  const int most = kDense ? kDenseTileBytes : kSparseTileBytes;
-  while (tiling.rows > 1 && tiling.rows * tiling.row_bytes > most) tiling.rows /= 2;
+// Several rows a tile, where they are small: as many as find room with up to eight lanes each.
+Tiling tile_rows(const RouteBackward& call, const RouteOptions& options, int size) {
+  Tiling tiling{kWarpSize, 1, static_cast<int>(call.experts * size), false};
+  while (tiling.rows > 1 && (tiling.rows * tiling.row_bytes > kTileBytes ||
+                             (tiling.lanes < 8 && tiling.lanes < options.k))) {
+    tiling.rows /= 2;
+    tiling.lanes *= 2;
+  }
+  // A multiple of 16 bytes, where that takes few more rows.
   while (tiling.rows < 8 && tiling.rows * tiling.row_bytes % 16 != 0) tiling.rows *= 2;
   const uintptr_t addresses =
       reinterpret_cast<uintptr_t>(call.gradient) | reinterpret_cast<uintptr_t>(call.logits);
   tiling.aligned = addresses % 16 == 0 && tiling.rows * tiling.row_bytes % 16 == 0;
+  return tiling;
+}
+
+template <typename T, bool kDense, int kPasses>
+cudaError_t launch(const RouteBackward& call, const RouteOptions& options, const Tiling& tiling,
+                   cudaStream_t stream) {
   const int64_t tile_bytes = (tiling.rows * tiling.row_bytes + 15) / 16 * 16;
   int warps = kMostWarps;
   while (warps > 1 && warps * tile_bytes > kSharedBytes) warps /= 2;
-  const int64_t tiles = (call.tokens + tiling.rows - 1) / tiling.rows;
   const auto kernel = route_backward_kernel<T, kDense, kPasses>;
   const int bytes = static_cast<int>(warps * tile_bytes);
   if (bytes > kSharedBytes) {
@@ -338,6 +344,7 @@ cudaError_t launch(const RouteBackward& call, const RouteOptions& options, cudaS
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status != cudaSuccess) return status;
   }
+  const int64_t tiles = (call.tokens + tiling.rows - 1) / tiling.rows;
   const unsigned blocks = static_cast<unsigned>((tiles + warps - 1) / warps);
   kernel<<<blocks, warps * kWarpSize, bytes, stream>>>(call, options, tiling);
   return cudaGetLastError();
@@ -346,9 +353,13 @@ cudaError_t launch(const RouteBackward& call, const RouteOptions& options, cudaS
 template <typename T>
 cudaError_t launch_type(const RouteBackward& call, const RouteOptions& options,
                         cudaStream_t stream) {
+  const Tiling tiling = tile_rows(call, options, sizeof(T));
+  const int64_t passes = (options.k + tiling.lanes - 1) / tiling.lanes;
   return with_bool(options.dense_gradient(), [&](auto dense) {
-    if (options.k <= kWarpSize) return launch<T, dense.value, 1>(call, options, stream);
-    return launch<T, dense.value, 2>(call, options, stream);
+    if (passes <= 1) return launch<T, dense.value, 1>(call, options, tiling, stream);
+    if (passes <= 3) return launch<T, dense.value, 3>(call, options, tiling, stream);
+    if (passes <= 5) return launch<T, dense.value, 5>(call, options, tiling, stream);
+    return launch<T, dense.value, 8>(call, options, tiling, stream);
   });
 }
 
@@ -357,7 +368,7 @@ cudaError_t launch_type(const RouteBackward& call, const RouteOptions& options,
 cudaError_t launch_route_backward(const RouteBackward& call, const RouteOptions& options,
                                   cudaStream_t stream) {
   if (call.tokens == 0) return cudaSuccess;
-  if (options.k > 2 * kWarpSize) return launch_route_backward_general(call, options, stream);
+  if (options.k > kMostSlots) return launch_route_backward_general(call, options, stream);
   return with_type(call.logits_type, [&](auto* type) {
     return launch_type<std::remove_pointer_t<decltype(type)>>(call, options, stream);
   });
