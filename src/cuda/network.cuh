@@ -15,6 +15,12 @@ namespace jax_router {
 
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ float smaller(float a, float b) { return fminf(a, b); }
+__device__ __forceinline__ __nv_bfloat162 larger(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __hmax2(a, b);
+}
+__device__ __forceinline__ __nv_bfloat162 smaller(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __hmin2(a, b);
+}
 template <typename T>
 __device__ __forceinline__ T larger(T a, T b) {
   return a > b ? a : b;
@@ -155,6 +161,17 @@ struct ClassMaxima {
   }
 };
 
+// The k-th largest of 64 values, two a lane: sorts both halves at once, then merges them.
+__device__ __forceinline__ float kth_of_pairs(__nv_bfloat162 pair, int k, int lane) {
+  __nv_bfloat162 sorted[1] = {pair};
+  sort_slots<kWarpSize>(sorted, lane);
+  const float a = __low2float(sorted[0]);
+  const float b = __shfl_xor_sync(kAllLanes, __high2float(sorted[0]), kWarpSize - 1);
+  float half[1] = {k <= kWarpSize ? larger(a, b) : smaller(a, b)};
+  sort_bitonic<kWarpSize>(half, lane);
+  return __shfl_sync(kAllLanes, half[0], (k - 1) % kWarpSize);
+}
+
 // From kClasses classes a lane: the k-th largest of all, rounded down.
 template <int kClasses>
 __device__ __forceinline__ Bound kth_of_classes(const float (&x)[kClasses], int k,
@@ -170,8 +187,12 @@ __device__ __forceinline__ Bound kth_of_classes(const float (&x)[kClasses], int 
   __syncwarp();
   maxima.store(lane, halves);
   __syncwarp();
-  const int32_t kth = maxima.kth(k, halves);
-  return {float_from_key(kth), __reduce_max_sync(kAllLanes, top)};
+  const int32_t top_key = __reduce_max_sync(kAllLanes, top);
+  if constexpr (kClasses == 1) {
+    return {float_from_key(maxima.kth(k, halves)), top_key};
+  } else {
+    return {kth_of_pairs(bfloat16_pair(halves[0] | halves[1] << 16), k, lane), top_key};
+  }
 }
 
 }  // namespace jax_router

@@ -19,7 +19,7 @@ constexpr int kMostRows = 4;
 constexpr int64_t kManyTokens = 8192;  // so many that every warp can take kMostRows of them
 
 template <typename T, typename S, bool kDense>
-__global__ void __launch_bounds__(kRegisterWarps* kWarpSize, 5)
+__global__ void __launch_bounds__(kRegisterWarps* kWarpSize, S::kChunks > 4 ? 4 : 5)
     route_joint_kernel(const __grid_constant__ RouteForward call,
                        const __grid_constant__ RouteOptions options, int rows) {
   using Scratch = WarpScratch<S, kMostRows>;
