@@ -132,11 +132,12 @@ struct ClassMaxima {
     }
   }
 
-  // Key of the k-th largest, by counting what lies above each. `halves` are this lane's own.
-  __device__ __forceinline__ int32_t kth(int k, const uint32_t (&halves)[kClasses]) const {
-    __nv_bfloat162 above[kClasses];
+  // How many lie above each of this lane's own.
+  __device__ __forceinline__ void count_above(const uint32_t (&halves)[kClasses],
+                                              int (&above)[kClasses]) const {
+    __nv_bfloat162 counts[kClasses];
 #pragma unroll
-    for (int i = 0; i < kClasses; ++i) above[i] = bfloat16_pair(0);
+    for (int i = 0; i < kClasses; ++i) counts[i] = bfloat16_pair(0);
 #pragma unroll
     for (int j = 0; j < 4 * kClasses; ++j) {
       uint32_t others[4];
@@ -146,20 +147,29 @@ struct ClassMaxima {
         const __nv_bfloat162 mine = bfloat16_pair(halves[i] | halves[i] << 16);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          above[i] = __hadd2(above[i], __hgt2(bfloat16_pair(others[c]), mine));
+          counts[i] = __hadd2(counts[i], __hgt2(bfloat16_pair(others[c]), mine));
         }
       }
     }
-    int32_t kth = INT32_MAX;
 #pragma unroll
     for (int i = 0; i < kClasses; ++i) {
-      const float count = __low2float(above[i]) + __high2float(above[i]);
-      const int32_t key = flip_order(static_cast<int32_t>(halves[i] << 16));
-      if (count < static_cast<float>(k)) kth = smaller(kth, key);
+      above[i] = static_cast<int>(__low2float(counts[i]) + __high2float(counts[i]));
     }
-    return __reduce_min_sync(kAllLanes, kth);
   }
 };
+
+// Key of the k-th largest class maximum: the smallest that fewer than k lie above.
+template <int kClasses>
+__device__ __forceinline__ int32_t kth_maximum(const uint32_t (&halves)[kClasses],
+                                               const int (&above)[kClasses], int k) {
+  int32_t kth = INT32_MAX;
+#pragma unroll
+  for (int i = 0; i < kClasses; ++i) {
+    const int32_t key = flip_order(static_cast<int32_t>(halves[i] << 16));
+    if (above[i] < k) kth = smaller(kth, key);
+  }
+  return __reduce_min_sync(kAllLanes, kth);
+}
 
 // The k-th largest of 64 values, two a lane: sorts both halves at once, then merges them.
 __device__ __forceinline__ float kth_of_pairs(__nv_bfloat162 pair, int k, int lane) {
@@ -189,7 +199,9 @@ __device__ __forceinline__ Bound kth_of_classes(const float (&x)[kClasses], int 
   __syncwarp();
   const int32_t top_key = __reduce_max_sync(kAllLanes, top);
   if constexpr (kClasses == 1) {
-    return {float_from_key(maxima.kth(k, halves)), top_key};
+    int above[1];
+    maxima.count_above(halves, above);
+    return {float_from_key(kth_maximum(halves, above, k)), top_key};
   } else {
     return {kth_of_pairs(bfloat16_pair(halves[0] | halves[1] << 16), k, lane), top_key};
   }

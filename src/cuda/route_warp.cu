@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, S::kChunks > 4 ? 4 
 }
 
 template <typename T, typename S, bool kBiased, bool kDense>
-__global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : 8)
+__global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDense ? 7 : 8))
     route_single_kernel(const __grid_constant__ RouteForward call,
                         const __grid_constant__ RouteOptions options) {
   using Scratch = WarpScratch<S, 1>;

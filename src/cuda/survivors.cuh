@@ -56,18 +56,24 @@ struct Survivors {
 
 // ---- rows with too many survivors, by a whole warp ----
 
-// How many values of the row are at least `limit`.
-template <typename Row>
-__device__ __forceinline__ int count_at_least(const Row& row, float limit, int lane) {
-  int reached = 0;
-#pragma unroll 4
+// How many values of the row are at least each of the limits.
+template <typename Row, int kLimits>
+__device__ __forceinline__ void count_at_least(const Row& row, const float (&limits)[kLimits],
+                                               int (&reached)[kLimits], int lane) {
+#pragma unroll
+  for (int i = 0; i < kLimits; ++i) reached[i] = 0;
+#pragma unroll 2
   for (int e = lane * kChunk; e < row.experts; e += kWarpSize * kChunk) {
     float x[kChunk];
     row.values(e, x);
 #pragma unroll
-    for (int c = 0; c < kChunk; ++c) reached += x[c] >= limit;
+    for (int i = 0; i < kLimits; ++i) {
+#pragma unroll
+      for (int c = 0; c < kChunk; ++c) reached[i] += x[c] >= limits[i];
+    }
   }
-  return __reduce_add_sync(kAllLanes, reached);
+#pragma unroll
+  for (int i = 0; i < kLimits; ++i) reached[i] = __reduce_add_sync(kAllLanes, reached[i]);
 }
 
 // Between two keys: half way in value or, every other time, in the number of floats, so that
@@ -136,31 +142,54 @@ struct Bracket {
 
   __device__ __forceinline__ bool open() const { return high - low > 1; }
 
-  // Moves one of the limits to `next`, which lies between them. True if it was the lower one.
-  __device__ __forceinline__ bool move(int64_t next) {
-    const int count = count_at_least(row, float_from_key(static_cast<int32_t>(next)), lane);
+  // Moves one of the limits to `next`, if it lies between them, of which `count` values reach
+  // `next`. True if at least k do.
+  __device__ __forceinline__ bool move(int64_t next, int count) {
     if (count < k) {
-      high = next;
+      high = next < high ? next : high;
       return false;
     }
-    low = next;
-    reaching = count;
+    if (next > low) {
+      low = next;
+      reaching = count;
+    }
     return true;
   }
+  __device__ __forceinline__ bool move(int64_t next) {
+    const float limits[1] = {float_from_key(static_cast<int32_t>(next))};
+    int reached[1];
+    count_at_least(row, limits, reached, lane);
+    return move(next, reached[0]);
+  }
 
-  // Tries larger and larger class maxima, of which few are in the way if many of the large values
-  // fell into few classes.
+  // Tries larger class maxima, three at a time. Few are in the way if many of the large values fell
+  // into few classes.
   template <int kClasses>
   __device__ __forceinline__ void narrow_by_classes(ClassMaxima<kClasses> maxima, int size) {
     uint32_t halves[kClasses];
+    int above[kClasses];
     maxima.load(lane, halves);
-    int few = 0;   // the few-th largest is too large
-    int many = k;  // more than `size` values reach the many-th largest
+    maxima.count_above(halves, above);
+    int few = 0;   // fewer than k values reach the few-th largest maximum
+    int many = k;  // more than `size` reach the many-th
     while (reaching > size && many - few > 1) {
-      const int rank = (few + many) / 2;
-      const int32_t next = maxima.kth(rank, halves);
-      const bool reached = next <= low || (next < high && move(next));
-      (reached ? many : few) = rank;
+      const int gap = many - few;
+      const int ranks[3] = {few + larger(1, gap / 4), few + larger(1, gap / 2),
+                            few + larger(1, gap * 3 / 4)};
+      int32_t keys[3];
+      float limits[3];
+      int reached[3];
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        keys[i] = kth_maximum(halves, above, ranks[i]);
+        limits[i] = float_from_key(keys[i]);
+      }
+      count_at_least(row, limits, reached, lane);
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        if (ranks[i] >= many) continue;
+        (move(keys[i], reached[i]) ? many : few) = ranks[i];
+      }
     }
   }
 
