@@ -144,6 +144,11 @@ struct Candidates {
   int32_t bound_key;
   int32_t top_key;
   Softmax softmax;
+
+  __device__ __forceinline__ void replace(const Relisted& listed) {
+    count = listed.count;
+    bound_key = listed.bound_key;
+  }
 };
 
 template <typename T, bool kBiased>

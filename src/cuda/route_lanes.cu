@@ -56,10 +56,10 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : 8)
       other.softmax.total = __shfl_sync(kAllLanes, row.softmax.total, source);
       const int32_t bound_key = __shfl_sync(kAllLanes, found.bound_key, source);
       const int32_t top_key = __shfl_sync(kAllLanes, found.top_key, source);
-      const int count =
+      const Relisted listed =
           relist<S::kListed>(other, bound_key, top_key, static_cast<int>(options.k),
                              ClassMaxima<0>{}, lists + 2 * Scratch::kStride * g, warp_lane);
-      if (g == group) found.count = count;
+      if (g == group) found.replace(listed);
     }
     __syncwarp();
   }

@@ -154,12 +154,15 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
     const SharedRow<T> shared{row, chunks, lane};
     RowValues<T, false> values{row, nullptr, experts, true, options.score, {0.0f, 1.0f}};
     const Bound bound = shared.bound(k, maxima);
-    const int32_t bound_key = key_from_float(bound.bound);
+    int32_t bound_key = key_from_float(bound.bound);
     if (options.dense_gradient()) values.softmax = shared.softmax(float_from_key(bound.top_key));
     Survivors<kWarpSize, kListed> survivors{ids, lane, 0};
     shared.list(bound.bound, survivors);
     if (survivors.overflow() || !(bound.bound > -kInfinity)) {
-      survivors.count = relist<kListed>(values, bound_key, bound.top_key, k, maxima, ids, lane);
+      const Relisted listed =
+          relist<kListed>(values, bound_key, bound.top_key, k, maxima, ids, lane);
+      survivors.count = listed.count;
+      bound_key = listed.bound_key;
     }
     __syncwarp();
     for (int slot = lane; slot < survivors.count; slot += kWarpSize) {

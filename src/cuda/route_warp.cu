@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, S::kChunks > 4 ? 4 
         list_candidates<T, S, false>(options, row, registers, ids, maxima, lane, &fits);
     __syncwarp();
     if (!fits) {
-      found.count = relist<S::kListed>(row, found.bound_key, found.top_key,
-                                       static_cast<int>(options.k), maxima, ids, lane);
+      found.replace(relist<S::kListed>(row, found.bound_key, found.top_key,
+                                       static_cast<int>(options.k), maxima, ids, lane));
       __syncwarp();
     }
     if (group == r) mine = found;
@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDen
   }
   __syncwarp();
   if (!fits) {
-    found.count = relist<S::kListed>(row, found.bound_key, found.top_key,
-                                     static_cast<int>(options.k), maxima, ids, lane);
+    found.replace(relist<S::kListed>(row, found.bound_key, found.top_key,
+                                     static_cast<int>(options.k), maxima, ids, lane));
     __syncwarp();
   }
   finish_token<kDense>(call, options, context_of(token, real, found, ids, bits), row, scratch.ranks,

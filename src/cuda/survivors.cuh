@@ -202,11 +202,17 @@ struct Bracket {
   }
 };
 
+// What relist has listed: so many survivors, none with a key below the bound.
+struct Relisted {
+  int count;
+  int32_t bound_key;
+};
+
 // Raises the bound of a row until at most kSize values reach it, or until it is the k-th largest
-// itself, and lists what is left. Returns how many that are.
+// itself, and lists what is left.
 template <int kSize, int kClasses, typename Row>
-__device__ __noinline__ int relist(const Row row, int32_t bound, int32_t top, int k,
-                                   ClassMaxima<kClasses> maxima, uint32_t ids, int lane) {
+__device__ __noinline__ Relisted relist(const Row row, int32_t bound, int32_t top, int k,
+                                        ClassMaxima<kClasses> maxima, uint32_t ids, int lane) {
   Bracket<Row> bracket{row, k, lane, bound, int64_t{top} + 1, INT32_MAX};
   // If it cannot be raised at all, the bound is the k-th largest, with ties.
   const bool raised = bracket.open() && bracket.move(bracket.low + 1);
@@ -218,7 +224,7 @@ __device__ __noinline__ int relist(const Row row, int32_t bound, int32_t top, in
   if (bracket.reaching <= kSize) {
     Survivors<kWarpSize, kSize> survivors{ids, lane, 0};
     append_at_least(row, float_from_key(low), survivors);
-    return survivors.count;
+    return {survivors.count, low};
   }
   if (low == key_from_float(0.0f)) {
     int reached = 0;
@@ -226,7 +232,7 @@ __device__ __noinline__ int relist(const Row row, int32_t bound, int32_t top, in
     if (__reduce_add_sync(kAllLanes, reached) < k) --low;  // -0
   }
   list_with_ties(row, low, k, ids, lane);
-  return k;
+  return {k, low};
 }
 
 }  // namespace jax_router
