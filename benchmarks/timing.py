@@ -141,6 +141,7 @@ class Report:
     self._output.mkdir(parents=True, exist_ok=True)
     text = "\n".join(self._lines) + "\n"
     (self._output / f"{self._name}.txt").write_text(text, encoding="utf-8")
-    record = {"environment": self._environment, "rows": self._rows}
-    text = json.dumps(record, indent=1) + "\n"
+    # A row a line, so that a diff shows what changed.
+    rows = ",\n".join(json.dumps(row) for row in self._rows)
+    text = f'{{"environment": {json.dumps(self._environment)},\n"rows": [\n{rows}\n]}}\n'
     (self._output / f"{self._name}.json").write_text(text, encoding="utf-8")
