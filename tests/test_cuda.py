@@ -334,3 +334,31 @@ def test_offsets_beyond_31_bits(cuda_device):
     with jax.default_device(jax.devices("cpu")[0]):
       want = jax.device_get(run_bands("cpu", first, width, whole))[0][0]
     check_like_cpu(got, want)
+
+
+# ---- shard_map ----
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_over_the_gpus(on_cuda, check_vma):
+  """Choice, weights and gradient in shard_map, over all GPUs there are, are those without it."""
+  devices = jax.devices("cuda")
+  mesh = jax.make_mesh((len(devices),), ("d",), devices=devices)
+  rng = np.random.default_rng(5)
+  logits = jax.device_put(rng.normal(size=(8 * len(devices), 256)).astype(np.float32), on_cuda)
+  cotangent = jax.device_put(rng.normal(size=(len(logits), 8)).astype(np.float32), on_cuda)
+
+  def step(x, g):
+    weights, pull_back, experts = jax.vjp(
+      lambda x: tuple(jax_router.route(x, 8, implementation="cuda")), x, has_aux=True
+    )
+    return weights, experts, pull_back(g)[0]
+
+  tokens = jax.sharding.PartitionSpec("d")
+  mapped = jax.shard_map(
+    step, mesh=mesh, in_specs=(tokens, tokens), out_specs=tokens, check_vma=check_vma
+  )
+  sharding = jax.sharding.NamedSharding(mesh, tokens)
+  results = jax.jit(mapped)(*jax.device_put((logits, cotangent), sharding))
+  for result, expected in zip(results, jax.jit(step)(logits, cotangent), strict=True):
+    np.testing.assert_array_equal(result, expected)

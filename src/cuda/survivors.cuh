@@ -3,8 +3,8 @@
 // The row is read as classes: each lane owns a few, and an element belongs to a class by its
 // position alone. The k-th largest of the class maxima is a lower bound of the k-th largest
 // element, so only elements that reach it can be chosen: on random rows about k and a few. These
-// survivors are listed in ascending order of index and sorted. Where they are too many for the list
-// (ties, or rows made to defeat the classes) the bound is raised until they fit.
+// survivors are listed, in no order, to be ranked. Where they are too many for the list (ties, or
+// rows made to defeat the classes) the bound is raised until they fit.
 
 #ifndef JAX_ROUTER_CUDA_SURVIVORS_CUH_
 #define JAX_ROUTER_CUDA_SURVIVORS_CUH_
