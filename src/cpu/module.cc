@@ -8,6 +8,7 @@
 #include "ffi.h"
 #include "parallel.h"
 #include "route.h"
+#include "route_ffi.h"
 
 namespace nb = nanobind;
 
