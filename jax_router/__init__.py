@@ -1,8 +1,12 @@
 """Fused Mixture-of-Experts routing for JAX."""
 
 from jax_router._dense import route_dense as route_dense
+from jax_router._losses import load_balance_loss as load_balance_loss
+from jax_router._losses import z_loss as z_loss
 from jax_router._native import DISABLE_JAX_EXPORT_CHECKS as DISABLE_JAX_EXPORT_CHECKS
 from jax_router._options import DenseRouting as DenseRouting
 from jax_router._options import Groups as Groups
+from jax_router._options import RouterStats as RouterStats
 from jax_router._options import Routing as Routing
 from jax_router._route import route as route
+from jax_router._stats import route_with_stats as route_with_stats

@@ -114,22 +114,35 @@ def _check_operands(logits, bias, where, experts, k) -> Operands:
   return Operands(logits, bias, where, experts)
 
 
+def token_groups(tokens: Any) -> int:
+  """Into how many groups tokens are cut, so that the partitioner can split what belongs to each.
+
+  What has no token dimension of its own (a bias, a sum over tokens) must have one for the groups,
+  or it could not be split with the logits: as many as there may be shards.
+  """
+  return math.gcd(tokens, _compat.automatic_devices()) if isinstance(tokens, int) else 1
+
+
 def fold_tokens(operands: Operands) -> Operands:
   """Brings the operands into the form of the primitive.
 
-  Without a bias every leading dimension is a batch dimension as it stands. A bias must carry the
-  batch dimensions too, so that the partitioner can split it with the logits: the tokens are cut
-  into as many groups as there may be shards, and each group gets a copy of the bias.
+  Without a bias every leading dimension is a batch dimension as it stands. With one, the tokens are
+  cut into groups, and each group gets a copy of the bias.
   """
-  logits, bias, where, experts = operands
-  batch, tokens = logits.shape[:-2], math.prod(logits.shape[-2:-1])
-  if bias is not None:
-    devices = _compat.automatic_devices()
-    if devices == 1 or not isinstance(tokens, int):
-      batch, tokens = (), math.prod(logits.shape[:-1])
+  batch, tokens = operands.logits.shape[:-2], math.prod(operands.logits.shape[-2:-1])
+  if operands.bias is not None:
+    if _compat.automatic_devices() == 1 or not isinstance(tokens, int):
+      batch, tokens = (), math.prod(operands.logits.shape[:-1])
     else:
-      groups = math.gcd(tokens, devices)
+      groups = token_groups(tokens)
       batch, tokens = (*batch, groups), tokens // groups
+  return reshape_operands(operands, batch, tokens)
+
+
+def reshape_operands(operands: Operands, batch: tuple[int, ...], tokens: int) -> Operands:
+  """Operands of `tokens` tokens for each of the batch dimensions, with a copy of the bias each."""
+  logits, bias, where, experts = operands
+  if bias is not None:
     bias = jnp.broadcast_to(bias[(None,) * len(batch)], (*batch, bias.shape[-1]))
   logits = logits.reshape(*batch, tokens, logits.shape[-1])
   if where is not None:
@@ -170,14 +183,33 @@ def option_attributes(options: RouteOptions) -> dict[str, Any]:
 _CUDA_ROW_BYTES = 99 * 1024
 
 
-def forward_runs_on(platform: str, avals, *, options: RouteOptions, **_: Any) -> bool:
-  """Whether the kernel of the platform takes a row of this size."""
-  num_experts = avals[0].shape[-1]
+def _row_fits(platform: str, num_experts: int) -> bool:
+  return platform == "cpu" or 4 * num_experts <= _CUDA_ROW_BYTES
+
+
+def _forward_bytes(num_experts: int, options: RouteOptions) -> int:
   keys = 4 * (num_experts + 127)
   pairs = 8 * 2 ** (options.k - 1).bit_length() + 8
   groups = 8 * (options.groups.count + 3) if options.groups else 0
   bitmap = 4 * (num_experts // 32 + 4)
-  return platform == "cpu" or keys + pairs + groups + bitmap <= _CUDA_ROW_BYTES
+  return keys + pairs + groups + bitmap
+
+
+def forward_runs_on(platform: str, avals, *, options: RouteOptions, **_: Any) -> bool:
+  """Whether the kernel of the platform takes a row of this size."""
+  return platform == "cpu" or _forward_bytes(avals[0].shape[-1], options) <= _CUDA_ROW_BYTES
+
+
+def stats_runs_on(platform: str, avals, *, options: RouteOptions, **_: Any) -> bool:
+  """The same for `stats`, which keeps the sums of a row, too, and the counts of a block."""
+  num_experts = avals[0].shape[-1]
+  sums = 8 * (num_experts + 127)
+  return platform == "cpu" or _forward_bytes(num_experts, options) + sums <= _CUDA_ROW_BYTES
+
+
+def backward_runs_on(platform: str, avals, **_: Any) -> bool:
+  """The same for a backward whose first operand are the logits."""
+  return _row_fits(platform, avals[0].shape[-1])
 
 
 def weigh_tangents(operands, choice, tangents, options: RouteOptions):
@@ -214,10 +246,6 @@ def make_backward(name: str, reference: Callable[..., jax.Array]) -> Callable[..
     del num_experts, dtype
     return option_attributes(options)
 
-  def runs_on(platform, avals, *, num_experts, **_):
-    del avals
-    return platform == "cpu" or 4 * num_experts <= _CUDA_ROW_BYTES
-
   return make_primitive(
     Operation(
       name=name,
@@ -226,7 +254,7 @@ def make_backward(name: str, reference: Callable[..., jax.Array]) -> Callable[..
       attributes=attributes,
       reference=run,
       tangents=reference_tangents(run),
-      runs_on=runs_on,
+      runs_on=lambda platform, _, *, num_experts, **__: _row_fits(platform, num_experts),
     )
   )
 

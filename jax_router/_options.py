@@ -44,6 +44,25 @@ class DenseRouting(NamedTuple):
   routing_map: jax.Array
 
 
+class RouterStats(NamedTuple):
+  """What the balance of the experts is judged by, summed over the token axis alone.
+
+  Of logits `[..., T, E]` with leading dimensions `...`:
+
+  Attributes:
+    expert_counts: `[..., E]` int32, how many tokens chose each expert, exact.
+    score_sums: `[..., E]` float32, sum over the tokens of scores that add up to 1 over the experts:
+      the probabilities for "softmax", y / (sum(y) + 1e-20) for other scores y.
+    z_sum: `[...]` float32, sum over the tokens of logsumexp(logits)**2.
+    num_tokens: `[...]` int32, how many tokens are not padding.
+  """
+
+  expert_counts: jax.Array
+  score_sums: jax.Array
+  z_sum: jax.Array
+  num_tokens: jax.Array
+
+
 class Groups(NamedTuple):
   """Group-limited routing: only experts of the best groups can be chosen.
 

@@ -15,11 +15,11 @@ import numpy as np
 from jax_router._options import Groups, RouteOptions
 
 EPSILON = np.float32(1e-20)
-_LARGEST = np.float32(np.finfo(np.float32).max)
+LARGEST = np.float32(np.finfo(np.float32).max)
 _INFINITY = np.float32(np.inf)
 
 
-def _float32(logits: jax.Array) -> jax.Array:
+def as_float32(logits: jax.Array) -> jax.Array:
   """Logits in float32 with NaN as -inf, which gives it key -inf and score 0."""
   x = logits.astype(jnp.float32)
   return jnp.where(jnp.isnan(x), -_INFINITY, x)
@@ -30,9 +30,9 @@ def _exp_normalize(x: jax.Array, total: jax.Array | None = None) -> tuple[jax.Ar
 
   Entries of -inf get 0; a row of nothing else is all 0, its sum 1.
   """
-  x = jnp.minimum(x, _LARGEST)
+  x = jnp.minimum(x, LARGEST)
   largest = jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
-  largest = jnp.maximum(largest, -_LARGEST)
+  largest = jnp.maximum(largest, -LARGEST)
   present = x > -_INFINITY
   shifted = jnp.where(present, x, largest) - largest
   unnormalized = jnp.where(present, jnp.exp(shifted), np.float32(0))
@@ -46,7 +46,7 @@ def _exp_normalize(x: jax.Array, total: jax.Array | None = None) -> tuple[jax.Ar
 def _elementwise_score(x: jax.Array, score: str) -> jax.Array:
   """Score of each logit for every score but softmax; 0 for -inf."""
   present = x > -_INFINITY
-  x = jnp.where(present, jnp.minimum(x, _LARGEST), np.float32(0))
+  x = jnp.where(present, jnp.minimum(x, LARGEST), np.float32(0))
   if score == "sigmoid":
     y = jax.nn.sigmoid(x)
   elif score == "sqrtsoftplus":
@@ -60,7 +60,7 @@ def _elementwise_score(x: jax.Array, score: str) -> jax.Array:
 
 def scores(logits: jax.Array, score: str) -> jax.Array:
   """Scores `[..., E]` float32 of logits `[..., E]`; NaN and -inf score 0."""
-  x = _float32(logits)
+  x = as_float32(logits)
   return _exp_normalize(x)[0] if score == "softmax" else _elementwise_score(x, score)
 
 
@@ -102,7 +102,7 @@ def _select(
   Without a bias the key is the logit itself: every score is monotone in it, so no rounding of a
   score can reorder experts.
   """
-  x = _float32(logits)
+  x = as_float32(logits)
   key = x
   if bias is not None:
     y = x if options.score == "none" else scores(logits, options.score)
@@ -140,7 +140,7 @@ def weigh(
   The normalizer is what the backward needs: sum(exp(x - max(x))) of the row for a softmax over all
   experts, the divisor of the weights for another score that is renormalized, else 1.
   """
-  x = _float32(logits)
+  x = as_float32(logits)
   safe = jnp.where(active, experts, 0).astype(jnp.int32)
   chosen = jnp.take_along_axis(x, safe, axis=-1)
   normalizer = jnp.ones(x.shape[:-1], jnp.float32)
@@ -184,7 +184,7 @@ def route(
   else:
     valid = (experts >= 0) & (experts < num_experts)
     safe = jnp.where(valid, experts, 0)
-    active = valid & (jnp.take_along_axis(_float32(logits), safe, axis=-1) > -_INFINITY)
+    active = valid & (jnp.take_along_axis(as_float32(logits), safe, axis=-1) > -_INFINITY)
     degenerate = valid.any(axis=-1) & ~active.any(axis=-1)
   if where is not None:
     valid &= where[..., None]
@@ -233,7 +233,7 @@ def active_slots(
   return in_range & ~filled & ~jnp.isnan(normalizer)[..., None]
 
 
-def _score_gradient(y: jax.Array, score: str) -> jax.Array:
+def score_gradient(y: jax.Array, score: str) -> jax.Array:
   """dy/dx of an elementwise score, from the score alone."""
   if score == "sigmoid":
     return y * jnp.maximum(np.float32(1) - y, np.float32(0))
@@ -289,7 +289,7 @@ def route_backward(
     assert logits is not None
     alive = ~jnp.isnan(normalizer)
     total = jnp.where(alive, normalizer, np.float32(1))[..., None]
-    y = _exp_normalize(_float32(logits), total)[0]
+    y = _exp_normalize(as_float32(logits), total)[0]
     gradient = jnp.where(alive[..., None], y * (scatter(h, experts, num_experts) - mean), zero)
     return gradient.astype(dtype)
   if options.score == "softmax":
@@ -299,7 +299,7 @@ def route_backward(
     y = p * divisor
     if options.renormalize:
       h = (h - mean) / divisor
-    slot_gradient = h * _score_gradient(y, options.score)
+    slot_gradient = h * score_gradient(y, options.score)
   slot_gradient = jnp.where(active, slot_gradient, zero)
   return scatter(slot_gradient, experts, num_experts).astype(dtype)
 

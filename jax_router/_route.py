@@ -145,7 +145,7 @@ _bind_forward = make_primitive(
   )
 )
 
-_bind_backward = _operands.make_backward("route_backward", _reference.route_backward)
+bind_backward = _operands.make_backward("route_backward", _reference.route_backward)
 
 
 # ---- the differentiable function ----
@@ -175,7 +175,7 @@ def _route_forward(static: Static, index_dtype: np.dtype, logits, bias, where, e
 
 def _route_backward(static: Static, index_dtype: np.dtype, residuals, cotangents):
   del index_dtype
-  return _operands.pull_back(_bind_backward, static, cotangents[0], residuals)
+  return _operands.pull_back(bind_backward, static, cotangents[0], residuals)
 
 
 _route.defvjp(_route_forward, _route_backward)

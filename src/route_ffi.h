@@ -132,7 +132,7 @@ inline ffi::Error decode_route_forward(const RouteOptions& options, bool has_bia
     }
     JAX_ROUTER_RETURN_IF_ERROR(check_type("bias", bias, ffi::DataType::F32));
     call->bias = static_cast<const float*>(bias.untyped_data());
-    call->tokens_per_bias = tokens;
+    call->tokens_per_batch = tokens;
   }
   if (has_where) {
     const auto where = optional.get<ffi::AnyBuffer>(next++).value();
@@ -180,7 +180,23 @@ inline ffi::Error decode_dense_forward(const RouteOptions& options, bool has_bia
   return ffi::Error::Success();
 }
 
-// The same for the backward of either.
+// What the forward left of the choice, for a backward call whose number of tokens is set.
+inline ffi::Error decode_choice(const RouteOptions& options, const ffi::AnyBuffer& weights,
+                                const ffi::AnyBuffer& experts, const ffi::AnyBuffer& normalizer,
+                                RouteBackward* call) {
+  const int64_t slots = call->tokens * options.k;
+  JAX_ROUTER_RETURN_IF_ERROR(check_elements("weights", weights, slots));
+  JAX_ROUTER_RETURN_IF_ERROR(check_type("weights", weights, ffi::DataType::F32));
+  JAX_ROUTER_RETURN_IF_ERROR(check_elements("experts", experts, slots));
+  JAX_ROUTER_RETURN_IF_ERROR(check_elements("normalizer", normalizer, call->tokens));
+  JAX_ROUTER_RETURN_IF_ERROR(check_type("normalizer", normalizer, ffi::DataType::F32));
+  call->weights = static_cast<const float*>(weights.untyped_data());
+  call->indices = experts.untyped_data();
+  call->normalizer = static_cast<const float*>(normalizer.untyped_data());
+  return decode_index_bytes(experts, &call->index_bytes);
+}
+
+// The backward of `route` or `dense`.
 inline ffi::Error decode_route_backward(
     const RouteOptions& options, bool dense_cotangent, const ffi::AnyBuffer& cotangent,
     const ffi::AnyBuffer& weights, const ffi::AnyBuffer& experts, const ffi::AnyBuffer& normalizer,
@@ -196,11 +212,7 @@ inline ffi::Error decode_route_backward(
       "cotangent", cotangent, dense_cotangent ? call->tokens * call->experts : slots));
   JAX_ROUTER_RETURN_IF_ERROR(check_type(
       "cotangent", cotangent, dense_cotangent ? gradient.element_type() : ffi::DataType::F32));
-  JAX_ROUTER_RETURN_IF_ERROR(check_elements("weights", weights, slots));
-  JAX_ROUTER_RETURN_IF_ERROR(check_type("weights", weights, ffi::DataType::F32));
-  JAX_ROUTER_RETURN_IF_ERROR(check_elements("experts", experts, slots));
-  JAX_ROUTER_RETURN_IF_ERROR(check_elements("normalizer", normalizer, call->tokens));
-  JAX_ROUTER_RETURN_IF_ERROR(check_type("normalizer", normalizer, ffi::DataType::F32));
+  JAX_ROUTER_RETURN_IF_ERROR(decode_choice(options, weights, experts, normalizer, call));
   if (optional.size() != static_cast<size_t>(options.dense_gradient())) {
     return invalid("logits are needed where the gradient is dense, and only there");
   }
@@ -211,12 +223,8 @@ inline ffi::Error decode_route_backward(
     call->logits = logits.untyped_data();
   }
   call->cotangent = cotangent.untyped_data();
-  call->weights = static_cast<const float*>(weights.untyped_data());
-  call->indices = experts.untyped_data();
-  call->normalizer = static_cast<const float*>(normalizer.untyped_data());
   call->gradient = gradient.untyped_data();
-  JAX_ROUTER_RETURN_IF_ERROR(decode_logits_type(gradient, &call->logits_type));
-  return decode_index_bytes(experts, &call->index_bytes);
+  return decode_logits_type(gradient, &call->logits_type);
 }
 
 }  // namespace jax_router

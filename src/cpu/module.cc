@@ -9,6 +9,7 @@
 #include "parallel.h"
 #include "route.h"
 #include "route_ffi.h"
+#include "stats_ffi.h"
 
 namespace nb = nanobind;
 
@@ -37,6 +38,13 @@ RouteBackwardKernel backward_kernel() {
   if (has_avx2()) return avx2::route_backward_kernel();
 #endif
   return baseline::route_backward_kernel();
+}
+
+StatsKernel forward_stats_kernel() {
+#ifdef JAX_ROUTER_HAS_AVX2
+  if (has_avx2()) return avx2::stats_kernel();
+#endif
+  return baseline::stats_kernel();
 }
 
 template <typename Call>
@@ -98,12 +106,52 @@ ffi::Future route_backward(ffi::ThreadPool pool, ffi::AnyBuffer cotangent, ffi::
   return run_rows(pool, backward_kernel(), call, options);
 }
 
+// ---- stats ----
+
+ffi::Future stats(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::RemainingArgs optional,
+                  ffi::RemainingRets results, int64_t k, int64_t score, bool renormalize,
+                  float scale, int64_t group_count, int64_t group_keep, int64_t group_score,
+                  bool has_bias, bool has_where, bool has_experts) {
+  const RouteOptions options =
+      OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
+  RouteForward call;
+  ffi::Error error = decode_stats_forward(options, has_bias, has_where, has_experts, logits,
+                                          optional, results, &call);
+  if (error.failure()) return finished(std::move(error));
+  const StatsKernel kernel = forward_stats_kernel();
+  const int64_t blocks = call.stats.batches * blocks_of_batch(call.tokens_per_batch);
+  const int64_t cost = tokens_of_block(call.tokens_per_batch) * (call.experts + 8 * options.k);
+  return parallel_rows(
+      pool, blocks, cost,
+      [kernel, call, options](int64_t begin, int64_t end) {
+        const Scratch scratch(kernel.blocks.scratch_bytes(call, options));
+        kernel.blocks.run(call, options, begin, end, scratch.data());
+      },
+      [kernel, call] { kernel.finish(call); });
+}
+
+ffi::Future stats_backward(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer softmax,
+                           ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> gradient,
+                           int64_t k, int64_t score, bool renormalize, float scale,
+                           int64_t group_count, int64_t group_keep, int64_t group_score,
+                           bool has_weights, bool has_scores, bool has_z) {
+  const RouteOptions options =
+      OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
+  RouteBackward call;
+  ffi::Error error = decode_stats_backward(options, has_weights, has_scores, has_z, logits, softmax,
+                                           optional, *gradient, &call);
+  if (error.failure()) return finished(std::move(error));
+  return run_rows(pool, backward_kernel(), call, options);
+}
+
 XLA_FFI_DEFINE_HANDLER(kRoute, route, bind_route<ffi::ThreadPool>());
 XLA_FFI_DEFINE_HANDLER(kRouteBackward, route_backward<false>,
                        bind_route_backward<ffi::ThreadPool>());
 XLA_FFI_DEFINE_HANDLER(kDense, dense, bind_dense<ffi::ThreadPool>());
 XLA_FFI_DEFINE_HANDLER(kDenseBackward, route_backward<true>,
                        bind_route_backward<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(kStats, stats, bind_stats<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(kStatsBackward, stats_backward, bind_stats_backward<ffi::ThreadPool>());
 
 // ---- table ----
 
@@ -113,6 +161,8 @@ nb::dict handlers() {
   table["route_backward"] = nb::capsule(reinterpret_cast<void*>(kRouteBackward));
   table["dense"] = nb::capsule(reinterpret_cast<void*>(kDense));
   table["dense_backward"] = nb::capsule(reinterpret_cast<void*>(kDenseBackward));
+  table["stats"] = nb::capsule(reinterpret_cast<void*>(kStats));
+  table["stats_backward"] = nb::capsule(reinterpret_cast<void*>(kStatsBackward));
   return table;
 }
 

@@ -40,28 +40,35 @@ class Scratch {
 // Calls body(begin, end) over [0, rows) in chunks of about `chunk_cost` units of work, on the
 // caller's thread and the pool's. Chunks are fixed by the sizes alone; which thread takes which
 // does not matter to the result. The future completes with the last chunk, so no thread ever
-// blocks: a task that comes late finds no chunk left and touches nothing.
-template <typename Body>
-ffi::Future parallel_rows(ffi::ThreadPool& pool, int64_t rows, int64_t cost_per_row, Body body) {
+// blocks: a task that comes late finds no chunk left and touches nothing. `finish` runs when all
+// chunks are done, before the future completes.
+template <typename Body, typename Finish>
+ffi::Future parallel_rows(ffi::ThreadPool& pool, int64_t rows, int64_t cost_per_row, Body body,
+                          Finish finish) {
   constexpr int64_t kChunkCost = 1 << 15;
   const int64_t chunk = cost_per_row < kChunkCost ? kChunkCost / cost_per_row : 1;
   const int64_t chunks = (rows + chunk - 1) / chunk;
   if (chunks <= 1) {
     if (rows > 0) body(0, rows);
+    finish();
     return finished(ffi::Error::Success());
   }
   struct Work {
-    Work(Body rows_body, int64_t chunks) : body(std::move(rows_body)), done(chunks) {}
+    Work(Body rows_body, Finish rows_finish, int64_t chunks)
+        : body(std::move(rows_body)), finish(std::move(rows_finish)), left(chunks), done(chunks) {}
     Body body;
+    Finish finish;
     std::atomic<int64_t> next{0};
+    std::atomic<int64_t> left;
     ffi::CountDownPromise done;
   };
-  auto work = std::make_shared<Work>(std::move(body), chunks);
+  auto work = std::make_shared<Work>(std::move(body), std::move(finish), chunks);
   ffi::Future future(work->done);
   auto run = [work, rows, chunk, chunks] {
     for (int64_t i = work->next++; i < chunks; i = work->next++) {
       const int64_t begin = i * chunk;
       work->body(begin, begin + chunk < rows ? begin + chunk : rows);
+      if (--work->left == 0) work->finish();
       work->done.CountDown();
     }
   };
@@ -69,6 +76,11 @@ ffi::Future parallel_rows(ffi::ThreadPool& pool, int64_t rows, int64_t cost_per_
   for (int64_t i = 1; i < threads; ++i) pool.Schedule(decltype(run)(run));
   run();
   return future;
+}
+
+template <typename Body>
+ffi::Future parallel_rows(ffi::ThreadPool& pool, int64_t rows, int64_t cost_per_row, Body body) {
+  return parallel_rows(pool, rows, cost_per_row, std::move(body), [] {});
 }
 
 }  // namespace jax_router

@@ -1,4 +1,4 @@
-// The forward of `route` and of `dense` on the CPU. Kernels know pointers, sizes and options;
+// The forward of `route`, `dense` and `stats` on the CPU. Kernels know pointers, sizes and options;
 // module.cc binds them to XLA.
 
 #include "route.h"
@@ -9,6 +9,7 @@
 #include "dense.h"
 #include "rows.h"
 #include "select.h"
+#include "stats.h"
 
 namespace jax_router {
 namespace JAX_ROUTER_ISA {
@@ -20,13 +21,14 @@ struct Row {
   int32_t* keys;  // selection keys, padded with kNoKey
   float* logits;  // where scores are needed: float32, NaN has become -inf, padded with -inf
   float* scores;  // where they are needed
-  float total;    // of the softmax terms, where the row has softmax scores
+  float total;    // of the softmax terms, where the row has softmax scores; 0 if all are -inf
   float* group_scores;
   bool* group_kept;
   float* slot;           // logits of the chosen, then their weights
   int32_t* slot_expert;  // E where the slot is invalid
   bool* slot_active;     // whether the slot's key lies above -inf
   float* sums;           // of `dense` alone: [experts], zero between rows
+  float* terms;          // of `stats` alone: softmax terms, where the scores are others
   Selection selection;
 };
 
@@ -43,6 +45,7 @@ Row take_row(Arena& arena, const RouteForward& call, const RouteOptions& options
   row.slot_expert = arena.take<int32_t>(row.padded_k);
   row.slot_active = arena.take<bool>(row.padded_k);
   row.sums = arena.take<float>(is_dense(call) ? call.experts : 0);
+  row.terms = arena.take<float>(has_stats(call) ? row.padded : 0);
   row.selection.keys = arena.take<int32_t>(row.padded);
   row.selection.ids = arena.take<int32_t>(row.padded);
   row.selection.survivor_keys = arena.take<int32_t>(row.padded);
@@ -58,7 +61,7 @@ constexpr int32_t kNanKey = kLowestKey - 1;
 
 // Whether keys or weights need the score of every expert, not only of the chosen.
 bool needs_scores(const RouteForward& call, const RouteOptions& options) {
-  if (options.dense_gradient()) return true;
+  if (options.dense_gradient() || has_stats(call)) return true;
   if (call.given != nullptr) return false;
   if (call.bias != nullptr) return true;
   const bool summed = options.group_count > 0 && options.group_terms() > 1;
@@ -172,7 +175,7 @@ enum class Outcome { kChosen, kUniform, kPadding };
 Outcome choose(const RouteForward& call, const RouteOptions& options, int64_t token, Row& row) {
   bool enough = true;
   if (call.bias != nullptr) {
-    const float* bias = call.bias + token / call.tokens_per_bias * call.experts;
+    const float* bias = call.bias + token / call.tokens_per_batch * call.experts;
     enough = finish_keys(call, options, bias, row);
   } else if (options.group_count > 0) {
     enough = finish_keys(call, options, nullptr, row);
@@ -228,7 +231,7 @@ float weigh(const RouteOptions& options, const T* logits, Row& row) {
     for (int64_t i = 0; i < k; ++i) {
       row.slot[i] = row.slot_active[i] ? row.scores[row.slot_expert[i]] : 0.0f;
     }
-    return row.total;
+    return row.total > 0.0f ? row.total : 1.0f;
   }
   for (int64_t i = 0; i < k; ++i) {
     const float x = row.slot_active[i] ? bits_float(load_bits(logits, row.slot_expert[i])) : 0.0f;
@@ -271,11 +274,33 @@ void write_row(const RouteForward& call, const RouteOptions& options, int64_t to
   });
 }
 
+// Adds a token to the statistics of its block.
+void add_statistics(const RouteForward& call, const RouteOptions& options, int64_t token, bool real,
+                    const Row& row, const Sums& sums) {
+  if (!real) {
+    call.stats.softmax[token] = {0.0f, 0.0f};
+    return;
+  }
+  for (int64_t i = 0; i < options.k; ++i) {
+    if (row.slot_expert[i] < call.experts) ++sums.counts[row.slot_expert[i]];
+  }
+  float total = row.total;
+  if (options.score != Score::kSoftmax) {
+    const float largest = largest_of(row.logits, row.padded);
+    total = softmax_terms(row.logits, row.padded, largest, row.terms);
+  }
+  call.stats.softmax[token] =
+      add_token(row.logits, row.scores, total, row.padded, call.experts, options.score, sums);
+}
+
+// `sums`: of the token's block, where there are statistics.
 template <typename T>
-void forward_row(const RouteForward& call, const RouteOptions& options, int64_t token, Row& row) {
+void forward_row(const RouteForward& call, const RouteOptions& options, int64_t token,
+                 const Sums& sums, Row& row) {
   Outcome outcome = Outcome::kPadding;
   float normalizer = 0.0f;
-  if (call.where == nullptr || call.where[token]) {
+  const bool real = call.where == nullptr || call.where[token];
+  if (real) {
     const T* logits = static_cast<const T*>(call.logits) + token * call.experts;
     load_row(call, options, logits, row);
     outcome = call.given == nullptr ? choose(call, options, token, row)
@@ -289,6 +314,7 @@ void forward_row(const RouteForward& call, const RouteOptions& options, int64_t 
   }
   write_row(call, options, token, outcome, normalizer, row);
   if (is_dense(call)) write_dense_row<T>(call, options.k, token, row.slot_expert, row.sums);
+  if (has_stats(call)) add_statistics(call, options, token, real, row, sums);
 }
 
 void forward(const RouteForward& call, const RouteOptions& options, int64_t begin, int64_t end,
@@ -298,8 +324,36 @@ void forward(const RouteForward& call, const RouteOptions& options, int64_t begi
   if (is_dense(call)) std::memset(row.sums, 0, static_cast<size_t>(call.experts) * sizeof(float));
   with_type(call.logits_type, [&](auto* type) {
     using T = typename std::remove_pointer<decltype(type)>::type;
-    for (int64_t token = begin; token < end; ++token) forward_row<T>(call, options, token, row);
+    for (int64_t token = begin; token < end; ++token) {
+      forward_row<T>(call, options, token, {}, row);
+    }
   });
+}
+
+// The same for blocks of tokens, with their statistics.
+void forward_blocks(const RouteForward& call, const RouteOptions& options, int64_t begin,
+                    int64_t end, void* scratch) {
+  Arena arena(scratch);
+  Row row = take_row(arena, call, options);
+  const int64_t blocks = blocks_of_batch(call.tokens_per_batch);
+  const int64_t size = tokens_of_block(call.tokens_per_batch);
+  with_type(call.logits_type, [&](auto* type) {
+    using T = typename std::remove_pointer<decltype(type)>::type;
+    for (int64_t block = begin; block < end; ++block) {
+      const Sums sums = block_sums(call, block);
+      clear(sums, call.experts);
+      const int64_t batch = block / blocks * call.tokens_per_batch;
+      const int64_t first = batch + block % blocks * size;
+      const int64_t last = std::min(first + size, batch + call.tokens_per_batch);
+      for (int64_t token = first; token < last; ++token) {
+        forward_row<T>(call, options, token, sums, row);
+      }
+    }
+  });
+}
+
+void finish_stats(const RouteForward& call) {
+  for (int64_t batch = 0; batch < call.stats.batches; ++batch) add_blocks(call, batch);
 }
 
 size_t forward_scratch(const RouteForward& call, const RouteOptions& options) {
@@ -311,6 +365,8 @@ size_t forward_scratch(const RouteForward& call, const RouteOptions& options) {
 }  // namespace
 
 RouteForwardKernel route_forward_kernel() { return {forward_scratch, forward}; }
+
+StatsKernel stats_kernel() { return {{forward_scratch, forward_blocks}, finish_stats}; }
 
 }  // namespace JAX_ROUTER_ISA
 }  // namespace jax_router

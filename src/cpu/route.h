@@ -1,4 +1,5 @@
-// The CPU kernels of `route`, compiled once for every instruction set that is dispatched on.
+// The CPU kernels of `route`, `dense` and `stats`, compiled once for every instruction set that is
+// dispatched on.
 
 #ifndef JAX_ROUTER_CPU_ROUTE_H_
 #define JAX_ROUTER_CPU_ROUTE_H_
@@ -20,14 +21,22 @@ struct RowKernel {
 using RouteForwardKernel = RowKernel<RouteForward>;
 using RouteBackwardKernel = RowKernel<RouteBackward>;
 
+// The forward of `stats` works on blocks of tokens; `finish` adds them up when all are done.
+struct StatsKernel {
+  RouteForwardKernel blocks;
+  void (*finish)(const RouteForward&);
+};
+
 namespace baseline {
 RouteForwardKernel route_forward_kernel();
 RouteBackwardKernel route_backward_kernel();
+StatsKernel stats_kernel();
 }  // namespace baseline
 
 namespace avx2 {
 RouteForwardKernel route_forward_kernel();
 RouteBackwardKernel route_backward_kernel();
+StatsKernel stats_kernel();
 }  // namespace avx2
 
 }  // namespace jax_router

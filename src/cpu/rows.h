@@ -108,11 +108,20 @@ inline float largest_of(const float* x, int64_t padded) {
   return largest < kLargest ? largest : kLargest;
 }
 
-// Softmax terms of a padded row. The order of additions is part of the definition, since keys can
-// depend on it: 128 partial sums, element i to sum i mod 128, then pairwise at distance 64, 32
+// Sum of a padded row of partial sums, pairwise at distance 64, 32 ... 1; destroys it.
+inline float sum_pairwise(float* sums) {
+  for (int64_t distance = kRowMultiple / 2; distance > 0; distance /= 2) {
+    for (int64_t j = 0; j < distance; ++j) sums[j] += sums[j + distance];
+  }
+  return sums[0];
+}
+
+// Softmax terms of a padded row, and their sum: 0 if all logits are -inf. The order of additions is
+// part of the definition, since keys can depend on it: 128 partial sums, element i to sum i mod
+// 128, then pairwise at distance 64, 32
 // ... 1.
-inline float softmax_terms(const float* __restrict x, int64_t padded, float* __restrict terms) {
-  const float largest = largest_of(x, padded);
+inline float softmax_terms(const float* __restrict x, int64_t padded, float largest,
+                           float* __restrict terms) {
   alignas(64) float sums[kRowMultiple] = {};
   for (int64_t i = 0; i < padded; i += kRowMultiple) {
     for (int64_t j = 0; j < kRowMultiple; ++j) {
@@ -121,10 +130,16 @@ inline float softmax_terms(const float* __restrict x, int64_t padded, float* __r
       sums[j] += term;
     }
   }
-  for (int64_t distance = kRowMultiple / 2; distance > 0; distance /= 2) {
-    for (int64_t j = 0; j < distance; ++j) sums[j] += sums[j + distance];
+  return sum_pairwise(sums);
+}
+
+// Sum of a padded row whose padding is 0, in the same order.
+inline float sum_row(const float* __restrict x, int64_t padded) {
+  alignas(64) float sums[kRowMultiple] = {};
+  for (int64_t i = 0; i < padded; i += kRowMultiple) {
+    for (int64_t j = 0; j < kRowMultiple; ++j) sums[j] += x[i + j];
   }
-  return sums[0] > 0.0f ? sums[0] : 1.0f;
+  return sum_pairwise(sums);
 }
 
 // Sum of few values, padded to a multiple of 8 with zeros. Each of 8 partial sums carries its
@@ -150,13 +165,14 @@ inline void elementwise_scores(const float* x, int64_t padded, float* y) {
 }
 
 // Scores of a padded row (`x` and `y` may be the same but for softmax); returns the sum of
-// the softmax terms, else 1.
+// the softmax terms, 0 if all logits are -inf; 1 for another score.
 inline float score_row(const float* x, int64_t padded, Score score, float* y) {
   switch (score) {
     case Score::kSoftmax: {
-      const float total = softmax_terms(x, padded, y);
+      const float sum = softmax_terms(x, padded, largest_of(x, padded), y);
+      const float total = sum > 0.0f ? sum : 1.0f;
       for (int64_t i = 0; i < padded; ++i) y[i] /= total;
-      return total;
+      return sum;
     }
     case Score::kSigmoid:
       elementwise_scores<Score::kSigmoid>(x, padded, y);

@@ -157,7 +157,7 @@ __device__ __forceinline__ RowValues<T, kBiased> row_values(const RouteForward& 
                                                             int64_t token) {
   RowValues<T, kBiased> row;
   row.logits = static_cast<const T*>(call.logits) + token * call.experts;
-  row.bias = kBiased ? call.bias + token / call.tokens_per_bias * call.experts : nullptr;
+  row.bias = kBiased ? call.bias + token / call.tokens_per_batch * call.experts : nullptr;
   row.experts = static_cast<int>(call.experts);
   row.aligned = call.aligned;
   row.score = options.score;

@@ -345,7 +345,7 @@ __device__ __forceinline__ void route_token(const RouteForward& call, const Rout
   Outcome outcome = Outcome::kChosen;
   if (call.given == nullptr) {
     const float* bias =
-        call.bias == nullptr ? nullptr : call.bias + token / call.tokens_per_bias * call.experts;
+        call.bias == nullptr ? nullptr : call.bias + token / call.tokens_per_batch * call.experts;
     const bool enough = final_keys || finish_keys(options, bias, row);
     select(row.keys, row.experts, static_cast<int>(options.k), row.pairs, row.padded_k, row.lane);
     if (!enough || packed_key(row.pairs[0]) <= kLowestKey) outcome = Outcome::kUniform;
