@@ -94,7 +94,7 @@ def stats(
 def stats_backward(
   logits: jax.Array,
   saved: jax.Array,
-  choice: tuple[jax.Array, ...] | None,
+  choice: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None,
   score_cotangent: jax.Array | None,
   z_cotangent: jax.Array | None,
   *,

@@ -198,7 +198,7 @@ _bind_forward = make_primitive(
 
 def _backward_reference(*operands, options, has_weights: bool, has_scores: bool, has_z: bool):
   logits, softmax, *rest = operands
-  choice = tuple(rest[:4]) if has_weights else None
+  choice = (rest[0], rest[1], rest[2], rest[3]) if has_weights else None
   cotangents = iter(rest[4 if has_weights else 0 :])
   scores, z = (next(cotangents) if x else None for x in (has_scores, has_z))
   return [_reference_stats.stats_backward(logits, softmax, choice, scores, z, options=options)]
