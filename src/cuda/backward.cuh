@@ -14,7 +14,8 @@
 namespace jax_router {
 
 inline constexpr int kMostWarps = 4;                // of a block
-inline constexpr int kTileBytes = 8 * 1024;         // of several rows
+inline constexpr int kTileBytes = 8 * 1024;         // of several rows, where it is only written
+inline constexpr int kReadTileBytes = 2 * 1024;     // where it is read, too
 inline constexpr int64_t kSharedBytes = 48 * 1024;  // of a block with more than one warp
 inline constexpr int64_t kMostSlots = 64;           // of a token
 
@@ -32,19 +33,23 @@ struct Slot {
   float p;     // weight / scale
 };
 
+// Nothing that is loaded here waits for anything else but the cotangent of `dense`.
 template <typename T>
 __device__ __forceinline__ Slot load_slot(const RouteBackward& call, const RouteOptions& options,
-                                          int64_t token, int i, bool alive) {
-  if (!alive || i >= options.k) return {-1, 0.0f, 0.0f};
+                                          int64_t token, int i) {
+  if (call.weights == nullptr || i >= options.k) return {-1, 0.0f, 0.0f};
   const int64_t at = token * options.k + i;
   const int64_t expert = load_index(call.indices, call.index_bytes, at);
   const float weight = call.weights[at];
+  float cotangent;
+  if (call.dense_cotangent) {
+    const int64_t place = token * call.experts + min(expert, call.experts - 1);
+    cotangent = to_float(static_cast<const T*>(call.cotangent)[place]);
+  } else {
+    cotangent = static_cast<const float*>(call.cotangent)[at];
+  }
   const bool filled = __float_as_int(weight) == INT32_MIN;  // -0
   if (filled || expert >= call.experts) return {-1, 0.0f, 0.0f};
-  const float cotangent =
-      call.dense_cotangent
-          ? to_float(static_cast<const T*>(call.cotangent)[token * call.experts + expert])
-          : static_cast<const float*>(call.cotangent)[at];
   const float inverse_scale = options.scale != 0.0f ? 1.0f / options.scale : 0.0f;
   return {static_cast<int>(expert), cotangent * options.scale, weight * inverse_scale};
 }
@@ -83,14 +88,17 @@ __device__ __forceinline__ Group<kPasses> load_group(const RouteBackward& call,
   group.row = row_begin + lane / tiling.lanes;
   const bool there = group.row < tokens;
   const int64_t token = first + (there ? group.row : 0);
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    group.slots[i] = load_slot<T>(call, options, token, i * tiling.lanes + lane % tiling.lanes);
+  }
   group.normalizer = call.weights == nullptr ? 1.0f : call.normalizer[token];
   // A row without normalizer is padding, or has no key above -inf.
-  const bool alive = there && call.weights != nullptr && group.normalizer == group.normalizer;
+  const bool alive = there && group.normalizer == group.normalizer;
   group.mean = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
-    const int slot = i * tiling.lanes + lane % tiling.lanes;
-    group.slots[i] = load_slot<T>(call, options, token, slot, alive);
+    if (!alive) group.slots[i] = {-1, 0.0f, 0.0f};
     group.mean += group.slots[i].h * group.slots[i].p;
   }
   group.mean = sum_of_lanes(group.mean, tiling.lanes);
@@ -176,8 +184,9 @@ __device__ __forceinline__ void copy_tile(void* to, const void* from, int64_t by
 
 // Several rows a tile, where they are small: as many as find room with up to eight lanes each.
 inline Tiling tile_rows(const RouteBackward& call, const RouteOptions& options, int size) {
+  const int most_bytes = call.logits == nullptr ? kTileBytes : kReadTileBytes;
   Tiling tiling{kWarpSize, 1, static_cast<int>(call.experts * size), false};
-  while (tiling.rows > 1 && (tiling.rows * tiling.row_bytes > kTileBytes ||
+  while (tiling.rows > 1 && (tiling.rows * tiling.row_bytes > most_bytes ||
                              (tiling.lanes < 8 && tiling.lanes < options.k))) {
     tiling.rows /= 2;
     tiling.lanes *= 2;

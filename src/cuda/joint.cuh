@@ -17,8 +17,8 @@ namespace jax_router {
 struct JointRow {
   const float* cotangent;  // of the score sums, of the row's experts, or null
   Score score;
-  float largest;
-  float factor;   // 1 / sum of the softmax terms, 0 where the row has no statistics
+  Exponential exponential;
+  float factor;   // makes a probability of a term, 0 where the row has no statistics
   float offset;   // what a probability is multiplied by, besides the cotangent of its score
   float inverse;  // 1 / sum of the scores, where these are not softmax
   float mean;     // of the cotangents over these scores
@@ -26,7 +26,7 @@ struct JointRow {
   __device__ __forceinline__ bool alive() const { return factor > 0.0f; }
 
   __device__ __forceinline__ float probability(float x) const {
-    return fast_term(x, largest) * factor;
+    return exponential.term(x) * factor;
   }
 
   // Gradient of a logit whose score has cotangent s.
@@ -44,22 +44,26 @@ struct JointRow {
 // the lane. `mean`: sum of h p over the slots, see route_backward.
 template <typename Each>
 __device__ __forceinline__ JointRow joint_row(const RouteBackward& call,
-                                              const RouteOptions& options, int64_t token,
-                                              float mean, const float* cotangent, Each each) {
-  const SavedSoftmax softmax = call.softmax[token];
+                                              const RouteOptions& options, SavedSoftmax softmax,
+                                              float z_cotangent, float mean, const float* cotangent,
+                                              Each each) {
   const bool alive = softmax.total > 0.0f;
-  JointRow row{cotangent, options.score, softmax.largest, alive ? 1.0f / softmax.total : 0.0f, 0.0f,
-               0.0f,      0.0f};
+  JointRow row{cotangent, options.score, Exponential(softmax.largest), 0.0f, 0.0f, 0.0f, 0.0f};
   if (!alive) return row;
+  row.factor = row.exponential.scale() / softmax.total;
   if (options.dense_gradient()) row.offset = -mean;
   if (call.z_cotangent != nullptr) {
     const float logsumexp = softmax.largest + logf(softmax.total);
-    row.offset += 2.0f * call.z_cotangent[token / call.tokens_per_batch] * logsumexp;
+    row.offset += 2.0f * z_cotangent * logsumexp;
   }
   if (cotangent == nullptr) return row;
   float product = 0.0f;
   if (options.score == Score::kSoftmax) {
-    each([&](float x, float s) { product = fmaf(fast_term(x, row.largest), s, product); });
+    if (row.exponential.near) {
+      each([&](float x, float s) { product = fmaf(row.exponential.near_term(x), s, product); });
+    } else {
+      each([&](float x, float s) { product = fmaf(row.exponential.term(x), s, product); });
+    }
     row.offset -= warp_sum(product) * row.factor;
   } else {
     float total = 0.0f;
@@ -72,6 +76,10 @@ __device__ __forceinline__ JointRow joint_row(const RouteBackward& call,
     row.mean = warp_sum(product) * row.inverse;
   }
   return row;
+}
+
+__device__ __forceinline__ float z_cotangent_of(const RouteBackward& call, int64_t token) {
+  return call.z_cotangent == nullptr ? 0.0f : call.z_cotangent[token / call.tokens_per_batch];
 }
 
 // The cotangents of the score sums that a token's experts have, null where there are none.

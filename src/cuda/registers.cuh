@@ -203,20 +203,28 @@ __device__ __forceinline__ Candidates list_candidates(const RouteOptions& option
 }
 
 // Adds a row to the statistics of its group.
-template <typename T, typename S>
+template <typename T, typename S, bool kBiased, typename Sums>
 __device__ __forceinline__ void add_registers(const RouteForward& call, const RouteOptions& options,
-                                              const RegisterRow<T, S>& registers, int64_t token,
-                                              bool real, GroupSums& sums, int lane) {
-  float x[S::kChunks][kChunk];
-  registers.unpack(x);
-  const auto visit_all = [&](auto visit) {
+                                              const RegisterRow<T, S>& registers,
+                                              const Candidates& found, int64_t token, bool real,
+                                              Sums& sums, int lane) {
+  const auto row = [&](auto visit) {
 #pragma unroll
-    for (int j = 0; j < S::kChunks; ++j) visit((j * S::kLanes + lane) * kChunk, x[j]);
+    for (int j = 0; j < S::kChunks; ++j) {
+      float x[kChunk];
+      registers.raw[j].unpack(x);
+      visit(j, (j * S::kLanes + lane) * kChunk, x);
+    }
   };
-  const float top = top_of<S>(x);
-  const SavedSoftmax softmax =
-      add_scores<S::kLanes, true>(visit_all, top, real, options.score, sums.scores);
-  sums.count(call, token, real, softmax, lane == 0);
+  float top;
+  if (kBiased || call.experts <= S::kListed) {
+    float x[S::kChunks][kChunk];
+    registers.unpack(x);
+    top = top_of<S>(x);
+  } else {
+    top = float_from_key(found.top_key);
+  }
+  sums.template add<S::kLanes>(call, options, token, real, row, Exponential(top), nullptr, lane);
 }
 
 // Shared memory of a warp that works on kTokens tokens at once.

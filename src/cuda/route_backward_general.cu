@@ -92,7 +92,8 @@ __device__ void write_joint(const RouteBackward& call, const RouteOptions& optio
   const auto each = [&](auto visit) {
     for (int e = lane; e < experts; e += kWarpSize) visit(to_float(logits[e]), cotangent_at(e));
   };
-  const JointRow joint = joint_row(call, options, token, mean, cotangent, each);
+  const JointRow joint = joint_row(call, options, call.softmax[token], z_cotangent_of(call, token),
+                                   mean, cotangent, each);
   for (int e = lane; e < experts; e += kWarpSize) {
     const float x = to_float(logits[e]);
     const float own = options.dense_gradient() ? row[e] * joint.probability(x) : row[e];

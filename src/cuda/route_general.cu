@@ -177,36 +177,35 @@ __device__ __forceinline__ bool needs_softmax(const RouteForward& call,
 }
 
 // Adds a token to the statistics, from the keys of its logits.
+template <typename Sums>
 __device__ __forceinline__ void add_keys_row(const RouteForward& call, const RouteOptions& options,
-                                             int64_t token, int padded, const KeysRow& row,
-                                             GroupSums& sums) {
-  const auto visit_all = [&](auto visit) {
-    for (int i = kChunk * row.lane; i < padded; i += kRowMultiple) {
+                                             int64_t token, int padded, const KeysRow& keys,
+                                             Sums& sums) {
+  const auto row = [&](auto visit) {
+    for (int i = kChunk * keys.lane; i < padded; i += kRowMultiple) {
       float x[kChunk];
 #pragma unroll
-      for (int c = 0; c < kChunk; ++c) x[c] = logit_of(row.keys[i + c]);
-      visit(i, x);
+      for (int c = 0; c < kChunk; ++c) x[c] = logit_of(keys.keys[i + c]);
+      visit(0, i, x);
     }
   };
   float top = -kInfinity;
-  visit_all([&](int, const float (&x)[kChunk]) {
+  row([&](int, int, const float (&x)[kChunk]) {
 #pragma unroll
     for (int c = 0; c < kChunk; ++c) top = fmaxf(top, x[c]);
   });
-  top = warp_max(top);
-  const SavedSoftmax softmax =
-      add_scores<kWarpSize, false>(visit_all, top, true, options.score, sums.scores);
-  sums.count(call, token, true, softmax, row.lane == 0);
+  sums.template add<kWarpSize>(call, options, token, true, row, Exponential(warp_max(top)), nullptr,
+                               keys.lane);
 }
 
 // `sums`: of the warp, where there are statistics.
-template <typename T>
+template <typename T, typename Sums>
 __device__ __forceinline__ void route_token(const RouteForward& call, const RouteOptions& options,
                                             int64_t token, const KeysLayout& layout, KeysRow& row,
-                                            GroupSums* sums) {
+                                            Sums* sums) {
   const T* logits = static_cast<const T*>(call.logits) + token * call.experts;
   if (call.where != nullptr && !call.where[token]) {
-    if (sums != nullptr) sums->count(call, token, false, {0.0f, 0.0f}, row.lane == 0);
+    if (sums != nullptr && row.lane == 0) call.stats.softmax[token] = {0.0f, 0.0f};
     write_token(call, options, token, logits, Outcome::kPadding, row);
     return;
   }
@@ -242,11 +241,11 @@ __global__ void __launch_bounds__(8 * kWarpSize, 4)
   KeysRow row(reinterpret_cast<char*>(shared) + rows.warp * layout.bytes(), layout,
               static_cast<int>(call.experts), nullptr);
   for (int64_t token = rows.first; token < call.tokens; token += rows.stride) {
-    route_token<T>(call, options, token, layout, row, nullptr);
+    route_token<T, GroupSums<SharedSums, false>>(call, options, token, layout, row, nullptr);
   }
 }
 
-template <typename T>
+template <typename T, bool kElementwise>
 __global__ void __launch_bounds__(kMostStatsWarps* kWarpSize, 1)
     route_general_stats_kernel(const __grid_constant__ RouteForward call,
                                const __grid_constant__ RouteOptions options,
@@ -255,17 +254,18 @@ __global__ void __launch_bounds__(kMostStatsWarps* kWarpSize, 1)
   const KeysLayout layout(call, options);
   const int warps = blockDim.x / kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
-  const BlockSums block(shared, warps, layout.padded);
-  char* const rows =
-      reinterpret_cast<char*>(shared) + BlockSums::bytes(warps, layout.padded, call.experts);
+  float* const scores = reinterpret_cast<float*>(shared);
+  char* const rows = reinterpret_cast<char*>(scores + warps * layout.padded);
+  int32_t* const counts = reinterpret_cast<int32_t*>(rows + warps * layout.bytes());
+  const BlockSums block{scores, counts, warps, layout.padded};
   const TokenRange range = block_range(call, blocks);
   block.clear(call.experts);
-  GroupSums sums{block.scores + warp * layout.padded};
+  GroupSums<SharedSums, kElementwise> sums{{block.scores + warp * layout.padded}};
   KeysRow row(rows + warp * layout.bytes(), layout, static_cast<int>(call.experts), block.counts);
   for (int i = warp; i < range.count; i += warps) {
     route_token<T>(call, options, range.first + i, layout, row, &sums);
   }
-  block.write(call, sums);
+  block.write(call, sums.z, sums.tokens);
 }
 
 template <typename T>
@@ -274,13 +274,15 @@ cudaError_t launch_stats(const RouteForward& call, const RouteOptions& options,
   const TokenBlocks blocks(call);
   const KeysLayout layout(call, options);
   const auto bytes = [&](int warps) {
-    return BlockSums::bytes(warps, layout.padded, call.experts) +
+    return BlockSums::score_bytes(warps, layout.padded) + BlockSums::count_bytes(call) +
            warps * static_cast<int>(layout.bytes());
   };
   int warps = kMostStatsWarps;
   while (warps > 1 && bytes(warps) > device_limits().shared_bytes - 1024) warps /= 2;
-  return launch_blocks(route_general_stats_kernel<T>, blocks.count(call), warps, bytes(warps),
-                       stream, call, options, blocks);
+  return with_bool(options.score != Score::kSoftmax, [&](auto elementwise) {
+    return launch_blocks(route_general_stats_kernel<T, elementwise.value>, blocks.count(call),
+                         warps, bytes(warps), stream, call, options, blocks);
+  });
 }
 
 }  // namespace

@@ -14,12 +14,25 @@ using LaneShape = Shape<8, kChunks, 4, 32>;
 constexpr int kTokens = 4;       // of a warp
 constexpr int kStatsWarps = 16;  // of a block that gathers statistics
 
-// Routes `tokens` tokens from `first` on. `bits`: the warp's bitmaps; `sums`: of its groups.
-template <typename T, typename S, bool kBiased, Extra kExtra>
+// Loads the rows of `tokens` tokens from `first` on.
+template <typename T, typename S>
+__device__ __forceinline__ void load_rows(const RouteForward& call, int64_t first, int tokens,
+                                          RegisterRow<T, S>& registers) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int group = lane / S::kLanes;
+  const int64_t token = first + (group < tokens ? group : 0);
+  registers.load(static_cast<const T*>(call.logits) + token * call.experts,
+                 static_cast<int>(call.experts), call.aligned, lane % S::kLanes);
+}
+
+// Routes these tokens, whose rows are in `registers`. `bits`: the warp's bitmaps; `sums`: of its
+// groups.
+template <typename T, typename S, bool kBiased, Extra kExtra, typename Sums>
 __device__ __forceinline__ void route_tokens(const RouteForward& call, const RouteOptions& options,
                                              int64_t first, int tokens,
+                                             const RegisterRow<T, S>& registers,
                                              WarpScratch<S, kTokens>& scratch, uint32_t* bits,
-                                             GroupSums* sums, int32_t* counts) {
+                                             Sums* sums, int32_t* counts) {
   using Scratch = WarpScratch<S, kTokens>;
   constexpr bool kDense = kExtra == Extra::kDense;
   const int warp_lane = threadIdx.x % kWarpSize;
@@ -28,8 +41,6 @@ __device__ __forceinline__ void route_tokens(const RouteForward& call, const Rou
   const int64_t token = group < tokens ? first + group : call.tokens;
   const int64_t present = group < tokens ? token : first;
   RowValues<T, kBiased> row = row_values<T, kBiased>(call, options, present);
-  RegisterRow<T, S> registers;
-  registers.load(row.logits, row.experts, call.aligned, lane);
   const bool real = call.where == nullptr || call.where[present];
   const int words = kDense ? bitmap_words(call) : 0;
   if constexpr (kDense) {
@@ -42,7 +53,7 @@ __device__ __forceinline__ void route_tokens(const RouteForward& call, const Rou
   bool fits;
   Candidates found = list_candidates<T, S, kBiased>(options, row, registers, ids, {}, lane, &fits);
   if constexpr (kExtra == Extra::kStats) {
-    add_registers(call, options, registers, token, real && group < tokens, *sums, lane);
+    add_registers<T, S, kBiased>(call, options, registers, found, token, real, *sums, lane);
   }
   __syncwarp();
   if (!__all_sync(kAllLanes, fits)) {
@@ -81,30 +92,41 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDen
   if (first >= call.tokens) return;
   const int tokens = static_cast<int>(min(int64_t{kTokens}, call.tokens - first));
   uint32_t* const bits = bitmaps + warp * kTokens * (kDense ? bitmap_words(call) : 0);
-  route_tokens<T, S, kBiased, kDense ? Extra::kDense : Extra::kNone>(
-      call, options, first, tokens, scratches[warp], bits, nullptr, nullptr);
+  RegisterRow<T, S> registers;
+  load_rows(call, first, tokens, registers);
+  route_tokens<T, S, kBiased, kDense ? Extra::kDense : Extra::kNone, void>(
+      call, options, first, tokens, registers, scratches[warp], bits, nullptr, nullptr);
 }
 
-template <typename T, typename S, bool kBiased>
+template <typename T, typename S, bool kBiased, bool kElementwise>
 __global__ void __launch_bounds__(kStatsWarps* kWarpSize, 1)
     route_lanes_stats_kernel(const __grid_constant__ RouteForward call,
                              const __grid_constant__ RouteOptions options,
                              const __grid_constant__ TokenBlocks blocks) {
   __shared__ WarpScratch<S, kTokens> scratches[kStatsWarps];
   extern __shared__ float4 sums_memory[];
-  const BlockSums block(sums_memory, kStatsWarps * kTokens, S::kColumns);
+  constexpr int kGroups = kStatsWarps * kTokens;
+  float* const scores = reinterpret_cast<float*>(sums_memory);
+  const BlockSums block{scores, reinterpret_cast<int32_t*>(scores + kGroups * S::kColumns), kGroups,
+                        S::kColumns};
   const int warp = threadIdx.x / kWarpSize;
   const int group = threadIdx.x / S::kLanes;
   const TokenRange range = block_range(call, blocks);
+  const auto tokens_at = [&](int i) { return min(kTokens, range.count - i); };
+  RegisterRow<T, S> registers;
+  int i = warp * kTokens;
+  if (i < range.count) load_rows(call, range.first + i, tokens_at(i), registers);
   block.clear(call.experts);
-  GroupSums sums{block.scores + group * S::kColumns};
-  for (int i = warp * kTokens; i < range.count; i += kStatsWarps * kTokens) {
-    route_tokens<T, S, kBiased, Extra::kStats>(call, options, range.first + i,
-                                               min(kTokens, range.count - i), scratches[warp],
-                                               nullptr, &sums, block.counts);
+  GroupSums<SharedSums, kElementwise> sums{{block.scores + group * S::kColumns}};
+  while (i < range.count) {
+    route_tokens<T, S, kBiased, Extra::kStats>(call, options, range.first + i, tokens_at(i),
+                                               registers, scratches[warp], nullptr, &sums,
+                                               block.counts);
     __syncwarp();
+    i += kStatsWarps * kTokens;
+    if (i < range.count) load_rows(call, range.first + i, tokens_at(i), registers);
   }
-  block.write(call, sums);
+  block.write(call, sums.z, sums.tokens);
 }
 
 template <typename T, typename S>
@@ -125,9 +147,11 @@ cudaError_t launch_lanes_stats(const RouteForward& call, const RouteOptions& opt
                                cudaStream_t stream) {
   const TokenBlocks blocks(call);
   const auto kernel = with_bool(call.bias != nullptr, [&](auto biased) {
-    return route_lanes_stats_kernel<T, S, biased.value>;
+    return options.score == Score::kSoftmax ? route_lanes_stats_kernel<T, S, biased.value, false>
+                                            : route_lanes_stats_kernel<T, S, biased.value, true>;
   });
-  const int bytes = BlockSums::bytes(kStatsWarps * kTokens, S::kColumns, call.experts);
+  const int bytes =
+      BlockSums::score_bytes(kStatsWarps * kTokens, S::kColumns) + BlockSums::count_bytes(call);
   return launch_blocks(kernel, blocks.count(call), kStatsWarps, bytes, stream, call, options,
                        blocks);
 }

@@ -1,6 +1,7 @@
 // The forward for rows of a thousand experts and more, k <= 48 and no bias: each warp owns a row of
 // shared memory, which a bulk copy fills again as soon as the survivors of the row before are out.
 
+#include <algorithm>
 #include <cstdint>
 
 #include "dense.cuh"
@@ -61,12 +62,13 @@ struct Turns {
   }
 };
 
-// Routes the tokens whose turn it is, by one warp with its own row.
-template <typename T, int kClasses, Extra kExtra>
+// Routes the tokens whose turn it is, by one warp with its own row. `sums` keeps kMost chunks a
+// lane in registers, or any number in shared memory for 0.
+template <typename T, int kClasses, Extra kExtra, int kMost, typename Sums>
 __device__ __forceinline__ void route_in_turn(const RouteForward& call, const RouteOptions& options,
                                               const Turns<kExtra == Extra::kStats>& turns,
-                                              const SharedLayout& layout, char* memory,
-                                              GroupSums* sums, int32_t* counts) {
+                                              const SharedLayout& layout, char* memory, Sums* sums,
+                                              int32_t* counts) {
   constexpr bool kDense = kExtra == Extra::kDense;
   const int lane = threadIdx.x % kWarpSize;
   T* const row = reinterpret_cast<T*>(memory);
@@ -96,7 +98,15 @@ __device__ __forceinline__ void route_in_turn(const RouteForward& call, const Ro
     int32_t bound_key = key_from_float(bound.bound);
     if (options.dense_gradient()) values.softmax = shared.softmax(float_from_key(bound.top_key));
     Survivors<kWarpSize, kListed> survivors{ids, lane, 0};
-    shared.list(bound.bound, survivors);
+    const Exponential exponential(float_from_key(bound.top_key));
+    LaneTotal total;
+    shared.list(bound.bound, survivors, [&](const float (&x)[kChunk]) {
+      if constexpr (kExtra == Extra::kStats) {
+        if constexpr (Sums::kListed) {
+          total.add(x, [&](float y) { return exponential.near_term(y); });
+        }
+      }
+    });
     if (survivors.overflow() || !(bound.bound > -kInfinity)) {
       const Relisted listed =
           relist<kListed>(values, bound_key, bound.top_key, k, maxima, ids, lane);
@@ -109,10 +119,9 @@ __device__ __forceinline__ void route_in_turn(const RouteForward& call, const Ro
       scratch.list_words[slot] = Words<T, false>::word(values, expert);
     }
     if constexpr (kExtra == Extra::kStats) {
-      const float top = float_from_key(bound.top_key);
-      const SavedSoftmax softmax =
-          add_scores<kWarpSize, false>(shared, top, real, options.score, sums->scores);
-      sums->count(call, token, real, softmax, lane == 0);
+      const auto visit_row = [&](auto visit) { shared.template visit_chunks<kMost>(visit); };
+      sums->template add<kWarpSize>(call, options, token, real, visit_row, exponential,
+                                    Sums::kListed ? &total : nullptr, lane);
     }
     __syncwarp();
     next = turns.next(next, lane);
@@ -155,42 +164,78 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
   const Turns<false> turns{blockIdx.x, gridDim.x, tokens, &taken};
   char* const memory =
       reinterpret_cast<char*>(shared_memory) + threadIdx.x / kWarpSize * layout.bytes();
-  route_in_turn<T, kClasses, kDense ? Extra::kDense : Extra::kNone>(call, options, turns, layout,
-                                                                    memory, nullptr, nullptr);
+  route_in_turn<T, kClasses, kDense ? Extra::kDense : Extra::kNone, 0,
+                GroupSums<SharedSums, false>>(call, options, turns, layout, memory, nullptr,
+                                              nullptr);
 }
 
-template <typename T, int kClasses>
+// Shared memory of a block that gathers statistics: the warps' rows, the counts, and the sums of
+// scores. Where these are in registers they take the place of the rows when all are done.
+struct StatsLayout {
+  int rows;
+  int counts;
+  int scores;
+
+  JAX_ROUTER_HOST_DEVICE StatsLayout(const RouteForward& call, const SharedLayout& layout,
+                                     int warps, bool in_registers)
+      : rows(warps * layout.bytes()),
+        counts(BlockSums::count_bytes(call)),
+        scores(BlockSums::score_bytes(warps, layout.columns)) {
+    if (!in_registers) return;
+    rows = rows > scores ? rows : scores;
+    scores = 0;
+  }
+  JAX_ROUTER_HOST_DEVICE int bytes() const { return rows + counts + scores; }
+};
+
+template <typename T, int kClasses, int kMost, bool kElementwise>
 __global__ void __launch_bounds__(kMostStatsWarps* kWarpSize, 1)
     route_shared_stats_kernel(const __grid_constant__ RouteForward call,
                               const __grid_constant__ RouteOptions options,
                               const __grid_constant__ TokenBlocks blocks) {
   extern __shared__ int4 shared_memory[];
+  constexpr bool kInRegisters = kMost > 0;
+  char* const memory = reinterpret_cast<char*>(shared_memory);
   const SharedLayout layout(call, sizeof(T));
   const int warps = blockDim.x / kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
-  const BlockSums block(shared_memory, warps, layout.columns);
+  const StatsLayout sizes(call, layout, warps, kInRegisters);
+  const BlockSums block{
+      reinterpret_cast<float*>(memory + (kInRegisters ? 0 : sizes.rows + sizes.counts)),
+      reinterpret_cast<int32_t*>(memory + sizes.rows), warps, layout.columns};
   const TokenRange range = block_range(call, blocks);
-  block.clear(call.experts);
-  GroupSums sums{block.scores + warp * layout.columns};
-  char* const rows = reinterpret_cast<char*>(shared_memory) +
-                     BlockSums::bytes(warps, layout.columns, call.experts);
   const Turns<true> turns{range.first, 1, range.count, nullptr};
-  route_in_turn<T, kClasses, Extra::kStats>(call, options, turns, layout,
-                                            rows + warp * layout.bytes(), &sums, block.counts);
-  block.write(call, sums);
+  char* const row = memory + warp * layout.bytes();
+  float* const scores = block.scores + warp * layout.columns;
+  if constexpr (kInRegisters) {
+    block.clear_counts(call.experts);
+    GroupSums<RegisterSums<kMost>, kElementwise> sums;
+    route_in_turn<T, kClasses, Extra::kStats, kMost>(call, options, turns, layout, row, &sums,
+                                                     block.counts);
+    __syncthreads();
+    sums.scores.store(scores, layout.columns, threadIdx.x % kWarpSize);
+    block.write(call, sums.z, sums.tokens);
+  } else {
+    block.clear(call.experts);
+    GroupSums<SharedSums, kElementwise> sums{{scores}};
+    route_in_turn<T, kClasses, Extra::kStats, kMost>(call, options, turns, layout, row, &sums,
+                                                     block.counts);
+    block.write(call, sums.z, sums.tokens);
+  }
 }
+
+constexpr int kMostChunks = 18;  // of the sums that a lane keeps in registers
+
+bool in_registers(const RouteForward& call) { return call.experts <= kMostChunks * kPadding; }
 
 // How many warps of a block find room on this device, each with its own row; 0 if none does.
 int most_warps(const RouteForward& call, int size) {
   const SharedLayout layout(call, size);
-  int room = device_limits().shared_bytes - 1024;
-  int bytes = layout.bytes();
-  if (has_stats(call)) {
-    room -= BlockSums::bytes(0, layout.columns, call.experts);
-    bytes += layout.columns * static_cast<int>(sizeof(float));
-  }
-  const int most = has_stats(call) ? kMostStatsWarps : kMostWarps;
-  return room / bytes < most ? room / bytes : most;
+  const int room = device_limits().shared_bytes - 1024;
+  if (!has_stats(call)) return std::min(kMostWarps, room / layout.bytes());
+  int warps = kMostStatsWarps;
+  while (warps > 0 && StatsLayout(call, layout, warps, in_registers(call)).bytes() > room) --warps;
+  return warps;
 }
 
 // Warps of a block for so many tokens: no more than finish them in as many rounds.
@@ -204,11 +249,15 @@ template <typename T, int kClasses>
 cudaError_t launch_stats(const RouteForward& call, const RouteOptions& options,
                          cudaStream_t stream) {
   const TokenBlocks blocks(call);
-  const SharedLayout layout(call, sizeof(T));
   const int warps = even_warps(call, sizeof(T), blocks.tokens);
-  const int bytes = BlockSums::bytes(warps, layout.columns, call.experts) + warps * layout.bytes();
-  return launch_blocks(route_shared_stats_kernel<T, kClasses>, blocks.count(call), warps, bytes,
-                       stream, call, options, blocks);
+  const StatsLayout sizes(call, SharedLayout(call, sizeof(T)), warps, in_registers(call));
+  return with_bool(options.score != Score::kSoftmax, [&](auto elementwise) {
+    const auto kernel = in_registers(call)
+                            ? route_shared_stats_kernel<T, kClasses, kMostChunks, elementwise.value>
+                            : route_shared_stats_kernel<T, kClasses, 0, elementwise.value>;
+    return launch_blocks(kernel, blocks.count(call), warps, sizes.bytes(), stream, call, options,
+                         blocks);
+  });
 }
 
 template <typename T, int kClasses>

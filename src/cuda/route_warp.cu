@@ -18,8 +18,8 @@ using SingleShape = Shape<32, kChunks, 2, 128>;
 constexpr int kMostRows = 4;
 
 // Warps of a block that gathers statistics: as many as find room with their registers.
-template <typename S, bool kBiased>
-inline constexpr int kStatsWarps = kBiased || S::kChunks > 4 ? 16 : 32;
+template <typename S, bool kBiased, bool kElementwise>
+inline constexpr int kStatsWarps = kBiased || kElementwise || S::kChunks > 4 ? 16 : 24;
 
 constexpr int64_t kManyTokens = 8192;  // so many that every warp can take kMostRows of them
 
@@ -82,18 +82,19 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, S::kChunks > 4 ? 4 
 }
 
 // Routes one token by one warp. `bits`: its row of a bitmap; `sums` and `counts`: where there are
-// statistics.
-template <typename T, typename S, bool kBiased, Extra kExtra>
+// statistics. Then `registers` is loaded with the row of token `next`, if there is one, while the
+// choice is written.
+template <typename T, typename S, bool kBiased, Extra kExtra, typename Sums>
 __device__ __forceinline__ void route_token(const RouteForward& call, const RouteOptions& options,
-                                            int64_t token, WarpScratch<S, 1>& scratch,
-                                            uint32_t* bits, GroupSums* sums, int32_t* counts) {
+                                            int64_t token, int64_t next,
+                                            RegisterRow<T, S>& registers,
+                                            WarpScratch<S, 1>& scratch, uint32_t* bits, Sums* sums,
+                                            int32_t* counts) {
   constexpr bool kDense = kExtra == Extra::kDense;
   const int lane = threadIdx.x % kWarpSize;
   const uint32_t ids = shared_address(scratch.ids);
   const ClassMaxima<S::kMaxima> maxima{shared_address(scratch.ranks.words)};
   RowValues<T, kBiased> row = row_values<T, kBiased>(call, options, token);
-  RegisterRow<T, S> registers;
-  registers.load(row.logits, row.experts, call.aligned, lane);
   const bool real = call.where == nullptr || call.where[token];
   const int words = kDense ? bitmap_words(call) : 0;
   bool fits;
@@ -103,7 +104,11 @@ __device__ __forceinline__ void route_token(const RouteForward& call, const Rout
     clear_bitmap(bits, words, lane);
     clear_dense<T>(call, token, 1, lane);
   } else if constexpr (kExtra == Extra::kStats) {
-    add_registers(call, options, registers, token, real, *sums, lane);
+    add_registers<T, S, kBiased>(call, options, registers, found, token, real, *sums, lane);
+    if (next < call.tokens) {
+      registers.load(row_values<T, kBiased>(call, options, next).logits, row.experts, call.aligned,
+                     lane);
+    }
   }
   __syncwarp();
   if (!fits) {
@@ -129,29 +134,41 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDen
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kRegisterWarps + warp;
   if (token >= call.tokens) return;
   uint32_t* const bits = bitmaps + warp * (kDense ? bitmap_words(call) : 0);
-  route_token<T, S, kBiased, kDense ? Extra::kDense : Extra::kNone>(
-      call, options, token, scratches[warp], bits, nullptr, nullptr);
+  RegisterRow<T, S> registers;
+  registers.load(row_values<T, kBiased>(call, options, token).logits,
+                 static_cast<int>(call.experts), call.aligned, threadIdx.x % kWarpSize);
+  route_token<T, S, kBiased, kDense ? Extra::kDense : Extra::kNone, void>(
+      call, options, token, call.tokens, registers, scratches[warp], bits, nullptr, nullptr);
 }
 
-template <typename T, typename S, bool kBiased>
-__global__ void __launch_bounds__(kStatsWarps<S, kBiased>* kWarpSize, 1)
+template <typename T, typename S, bool kBiased, bool kElementwise>
+__global__ void __launch_bounds__(kStatsWarps<S, kBiased, kElementwise>* kWarpSize, 1)
     route_single_stats_kernel(const __grid_constant__ RouteForward call,
                               const __grid_constant__ RouteOptions options,
                               const __grid_constant__ TokenBlocks blocks) {
-  constexpr int kWarps = kStatsWarps<S, kBiased>;
+  constexpr int kWarps = kStatsWarps<S, kBiased, kElementwise>;
   __shared__ WarpScratch<S, 1> scratches[kWarps];
   extern __shared__ float4 sums_memory[];
-  const BlockSums block(sums_memory, kWarps, S::kColumns);
+  float* const scores = reinterpret_cast<float*>(sums_memory);
+  const BlockSums block{scores, reinterpret_cast<int32_t*>(scores + kWarps * S::kColumns), kWarps,
+                        S::kColumns};
   const int warp = threadIdx.x / kWarpSize;
   const TokenRange range = block_range(call, blocks);
+  const auto load = [&](int i, RegisterRow<T, S>& registers) {
+    registers.load(row_values<T, kBiased>(call, options, range.first + i).logits,
+                   static_cast<int>(call.experts), call.aligned, threadIdx.x % kWarpSize);
+  };
+  RegisterRow<T, S> registers;
+  if (warp < range.count) load(warp, registers);
   block.clear(call.experts);
-  GroupSums sums{block.scores + warp * S::kColumns};
+  GroupSums<SharedSums, kElementwise> sums{{block.scores + warp * S::kColumns}};
   for (int i = warp; i < range.count; i += kWarps) {
-    route_token<T, S, kBiased, Extra::kStats>(call, options, range.first + i, scratches[warp],
-                                              nullptr, &sums, block.counts);
+    const int64_t next = i + kWarps < range.count ? range.first + i + kWarps : call.tokens;
+    route_token<T, S, kBiased, Extra::kStats>(call, options, range.first + i, next, registers,
+                                              scratches[warp], nullptr, &sums, block.counts);
     __syncwarp();
   }
-  block.write(call, sums);
+  block.write(call, sums.z, sums.tokens);
 }
 
 // The launch of either kernel: `rows` rows a warp.
@@ -185,12 +202,14 @@ template <typename T, int kChunks>
 cudaError_t launch_stats_chunks(const RouteForward& call, const RouteOptions& options,
                                 cudaStream_t stream) {
   using S = SingleShape<kChunks>;
+  const TokenBlocks blocks(call);
   return with_bool(call.bias != nullptr, [&](auto biased) {
-    constexpr int kWarps = kStatsWarps<S, biased.value>;
-    const TokenBlocks blocks(call);
-    const int bytes = BlockSums::bytes(kWarps, S::kColumns, call.experts);
-    return launch_blocks(route_single_stats_kernel<T, S, biased.value>, blocks.count(call), kWarps,
-                         bytes, stream, call, options, blocks);
+    return with_bool(options.score != Score::kSoftmax, [&](auto elementwise) {
+      constexpr int kWarps = kStatsWarps<S, biased.value, elementwise.value>;
+      const int bytes = BlockSums::score_bytes(kWarps, S::kColumns) + BlockSums::count_bytes(call);
+      return launch_blocks(route_single_stats_kernel<T, S, biased.value, elementwise.value>,
+                           blocks.count(call), kWarps, bytes, stream, call, options, blocks);
+    });
   });
 }
 

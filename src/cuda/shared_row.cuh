@@ -28,14 +28,25 @@ struct SharedRow {
     Four<T>::load(logits + (j * kWarpSize + lane) * kChunk).unpack(x);
   }
 
-  // Calls visit(position, four logits) for each of the lane's chunks.
-  template <typename Visit>
-  __device__ __forceinline__ void operator()(Visit visit) const {
+  // Calls visit(j, position, four logits) for each chunk j of the lane; there are up to kMost of
+  // them, or any number for 0.
+  template <int kMost, typename Visit>
+  __device__ __forceinline__ void visit_chunks(Visit visit) const {
+    if constexpr (kMost > 0) {
+#pragma unroll
+      for (int j = 0; j < kMost; ++j) {
+        if (j >= chunks) break;
+        float x[kChunk];
+        load(j, x);
+        visit(j, (j * kWarpSize + lane) * kChunk, x);
+      }
+    } else {
 #pragma unroll 4
-    for (int j = 0; j < chunks; ++j) {
-      float x[kChunk];
-      load(j, x);
-      visit((j * kWarpSize + lane) * kChunk, x);
+      for (int j = 0; j < chunks; ++j) {
+        float x[kChunk];
+        load(j, x);
+        visit(j, (j * kWarpSize + lane) * kChunk, x);
+      }
     }
   }
 
@@ -56,8 +67,9 @@ struct SharedRow {
     return kth_of_classes(classes, k, maxima, lane);
   }
 
-  template <typename List>
-  __device__ __forceinline__ void list(float bound, List& survivors) const {
+  // Lists what reaches the bound; calls visit(four logits) for each of the lane's chunks.
+  template <typename List, typename Visit>
+  __device__ __forceinline__ void list(float bound, List& survivors, Visit visit) const {
     for (int first = 0; first < chunks; first += kMaskChunks) {
       uint32_t mask = 0;
 #pragma unroll
@@ -69,6 +81,7 @@ struct SharedRow {
         for (int c = 0; c < kChunk; ++c) {
           if (x[c] >= bound) mask |= 1u << (kChunk * j + c);
         }
+        visit(x);
       }
       survivors.append(mask, first * kChunk * kWarpSize);
     }

@@ -10,38 +10,48 @@ namespace jax_router {
 namespace {
 
 constexpr int kColumns = 32;  // of a block of threads
-constexpr int kParts = 8;     // the blocks of tokens are summed in, each by one thread a column
+constexpr int kParts =
+    kWarpSize;  // the blocks of tokens are summed in, each by one thread a column
+
+constexpr int kLoads = static_cast<int>(kMostTokenBlocks) / kParts;  // of a thread, all at once
 
 // Sums `blocks` values `stride` apart, every kParts-th from `part` on.
 template <typename V>
 __device__ __forceinline__ V sum_of_part(const V* values, int64_t stride, int blocks, int part) {
-  V sum = 0;
-#pragma unroll 4
-  for (int block = part; block < blocks; block += kParts) sum += values[block * stride];
+  V loaded[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const int block = i * kParts + part;
+    loaded[i] = block < blocks ? values[block * stride] : V{0};
+  }
+  V sum = loaded[0];
+#pragma unroll
+  for (int i = 1; i < kLoads; ++i) sum += loaded[i];
   return sum;
 }
 
-// Sums the parts of each column, in their order.
-template <typename V>
-__device__ __forceinline__ V sum_of_parts(V mine, V (&parts)[kParts][kColumns]) {
+// Sums the parts of each column; the threads of warp c get the sum of column c.
+__device__ __forceinline__ float column_sum(float mine, float (&parts)[kParts][kColumns + 1]) {
   parts[threadIdx.y][threadIdx.x] = mine;
   __syncthreads();
-  V sum = 0;
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) sum += parts[part][threadIdx.x];
-  return sum;
+  return warp_sum(parts[threadIdx.x][threadIdx.y]);
+}
+__device__ __forceinline__ int column_sum(int mine, int (&parts)[kParts][kColumns + 1]) {
+  parts[threadIdx.y][threadIdx.x] = mine;
+  __syncthreads();
+  return __reduce_add_sync(kAllLanes, parts[threadIdx.x][threadIdx.y]);
 }
 
 // The last column, past the experts, holds the z sum and the number of tokens.
 __global__ void __launch_bounds__(kColumns* kParts)
     route_stats_sum_kernel(const __grid_constant__ RouteStats stats, int experts, int blocks) {
-  __shared__ int32_t counts[kParts][kColumns];
-  __shared__ float sums[kParts][kColumns];
+  __shared__ int32_t counts[kParts][kColumns + 1];
+  __shared__ float sums[kParts][kColumns + 1];
   const int column = blockIdx.x * kColumns + threadIdx.x;
   const int64_t batch = blockIdx.y;
   const int64_t first = batch * blocks;
   const int part = threadIdx.y;
-  int32_t count = 0;
+  int count = 0;
   float sum = 0.0f;
   if (column < experts) {
     const int64_t at = first * experts + column;
@@ -51,13 +61,14 @@ __global__ void __launch_bounds__(kColumns* kParts)
     count = sum_of_part(stats.block_tokens + first, 1, blocks, part);
     sum = sum_of_part(stats.block_z + first, 1, blocks, part);
   }
-  count = sum_of_parts(count, counts);
-  sum = sum_of_parts(sum, sums);
-  if (part != 0) return;
-  if (column < experts) {
-    stats.expert_counts[batch * experts + column] = count;
-    stats.score_sums[batch * experts + column] = sum;
-  } else if (column == experts) {
+  count = column_sum(count, counts);
+  sum = column_sum(sum, sums);
+  const int mine = blockIdx.x * kColumns + threadIdx.y;
+  if (threadIdx.x != 0) return;
+  if (mine < experts) {
+    stats.expert_counts[batch * experts + mine] = count;
+    stats.score_sums[batch * experts + mine] = sum;
+  } else if (mine == experts) {
     stats.num_tokens[batch] = count;
     stats.z_sum[batch] = sum;
   }

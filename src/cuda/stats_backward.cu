@@ -37,7 +37,7 @@ struct TileRow {
   template <typename Visit>
   __device__ __forceinline__ void visit(Visit visit) const {
     const int whole = in_fours ? experts : 0;
-#pragma unroll 2
+#pragma unroll 4
     for (int e = 4 * lane; e < whole; e += 4 * kWarpSize) {
       float x[4];
       float s[4];
@@ -54,7 +54,7 @@ struct TileRow {
   template <typename Gradient>
   __device__ __forceinline__ void transform(Gradient gradient) const {
     const int whole = in_fours ? experts : 0;
-#pragma unroll 2
+#pragma unroll 4
     for (int e = 4 * lane; e < whole; e += 4 * kWarpSize) {
       float x[4];
       float s[4];
@@ -69,21 +69,43 @@ struct TileRow {
   }
 };
 
+// What was saved of the row of this lane, and the cotangent of its z sum.
+struct RowInputs {
+  SavedSoftmax softmax;
+  float z_cotangent;
+
+  __device__ __forceinline__ RowInputs of_lane(int source) const {
+    return {{__shfl_sync(kAllLanes, softmax.largest, source),
+             __shfl_sync(kAllLanes, softmax.total, source)},
+            __shfl_sync(kAllLanes, z_cotangent, source)};
+  }
+};
+
+__device__ __forceinline__ RowInputs load_inputs(const RouteBackward& call, int64_t first, int row,
+                                                 int tokens) {
+  const int64_t token = first + (row < tokens ? row : 0);
+  return {call.softmax[token], z_cotangent_of(call, token)};
+}
+
 // Turns a row of logits into the gradient of the statistics, in place.
 template <typename T>
 __device__ __forceinline__ JointRow transform_row(const RouteBackward& call,
                                                   const RouteOptions& options, int64_t token,
-                                                  float mean, T* logits, int lane) {
+                                                  const RowInputs& inputs, float mean, T* logits,
+                                                  int lane) {
   const float* cotangent = score_cotangents(call, token);
   const int experts = static_cast<int>(call.experts);
   const bool in_fours = experts % 4 == 0 && reinterpret_cast<uintptr_t>(cotangent) % 16 == 0;
   const TileRow<T> row{logits, cotangent, experts, in_fours, lane};
-  const JointRow joint =
-      joint_row(call, options, token, mean, cotangent, [&](auto visit) { row.visit(visit); });
+  const JointRow joint = joint_row(call, options, inputs.softmax, inputs.z_cotangent, mean,
+                                   cotangent, [&](auto visit) { row.visit(visit); });
   if (!joint.alive()) {
     row.transform([](float, float) { return 0.0f; });
-  } else if (options.score == Score::kSoftmax) {
-    row.transform([&](float x, float s) { return joint.probability(x) * (s + joint.offset); });
+  } else if (options.score == Score::kSoftmax && joint.exponential.near) {
+    const float offset = joint.offset * joint.factor;
+    row.transform([&](float x, float s) {
+      return joint.exponential.near_term(x) * fmaf(s, joint.factor, offset);
+    });
   } else {
     row.transform([&](float x, float s) { return joint.gradient(x, s); });
   }
@@ -94,7 +116,8 @@ __device__ __forceinline__ JointRow transform_row(const RouteBackward& call,
 template <typename T, int kPasses>
 __device__ __forceinline__ void apply_group(const RouteBackward& call, const RouteOptions& options,
                                             const Tiling& tiling, Group<kPasses>& group,
-                                            int64_t first, int tokens, T* tile, int lane) {
+                                            const RowInputs& inputs, int64_t first, int tokens,
+                                            T* tile, int lane) {
   const int experts = static_cast<int>(call.experts);
   T* const row = tile + group.row * experts;
   float values[kPasses];
@@ -108,13 +131,14 @@ __device__ __forceinline__ void apply_group(const RouteBackward& call, const Rou
     logits[i] = slot.expert < 0 ? 0.0f : to_float(row[slot.expert]);
   }
   __syncwarp();
-  JointRow joint{};
+  JointRow joint{nullptr, options.score, Exponential(0.0f), 0.0f, 0.0f, 0.0f, 0.0f};
   for (int g = 0; g < kWarpSize / tiling.lanes; ++g) {
     const int source = g * tiling.lanes;
     const int r = __shfl_sync(kAllLanes, group.row, source);
     if (r >= tokens) break;
     const float mean = __shfl_sync(kAllLanes, group.mean, source);
-    const JointRow found = transform_row(call, options, first + r, mean, tile + r * experts, lane);
+    const JointRow found = transform_row(call, options, first + r, inputs.of_lane(source), mean,
+                                         tile + r * experts, lane);
     if (r == group.row) joint = found;
   }
   __syncwarp();
@@ -133,8 +157,7 @@ __device__ __forceinline__ void apply_group(const RouteBackward& call, const Rou
 }
 
 template <typename T, int kPasses>
-__global__ void __launch_bounds__(kMostWarps* kWarpSize,
-                                  kPasses < 2 ? 7 : (kPasses < 4 ? 6 : (kPasses < 6 ? 5 : 4)))
+__global__ void __launch_bounds__(kMostWarps* kWarpSize, kPasses < 2 ? 6 : (kPasses < 8 ? 5 : 4))
     route_stats_backward_kernel(const __grid_constant__ RouteBackward call,
                                 const __grid_constant__ RouteOptions options,
                                 const __grid_constant__ Tiling tiling) {
@@ -160,13 +183,17 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize,
     copy_tile(tile, logits, bytes, tiling.aligned, lane);
   }
   auto group = load_group<T, kPasses>(call, options, tiling, first, 0, tokens, lane);
+  RowInputs inputs = load_inputs(call, first, group.row, tokens);
   __syncwarp();
   if (bulk) barriers[warp].wait(0);
   __syncwarp();
   const int together = kWarpSize / tiling.lanes;
   for (int r = 0; r < tokens; r += together) {
-    if (r > 0) group = load_group<T, kPasses>(call, options, tiling, first, r, tokens, lane);
-    apply_group(call, options, tiling, group, first, tokens, tile, lane);
+    if (r > 0) {
+      group = load_group<T, kPasses>(call, options, tiling, first, r, tokens, lane);
+      inputs = load_inputs(call, first, group.row, tokens);
+    }
+    apply_group(call, options, tiling, group, inputs, first, tokens, tile, lane);
   }
   T* const gradient = static_cast<T*>(call.gradient) + first * call.experts;
   if (bulk) {
