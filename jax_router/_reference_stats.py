@@ -118,15 +118,16 @@ def stats_backward(
       options=options, num_experts=logits.shape[-1], dtype=np.dtype(np.float32),
     )  # fmt: skip
   softmax = _softmax(logits, None, saved)
+  # Whatever the cotangents are, padding and entries of -inf have no gradient.
+  present = (_reference.as_float32(logits) > -jnp.inf) & (saved[..., 1:] > 0)
   if score_cotangent is not None:
     shares, y, total = _scores(logits, softmax, options.score)
     s = score_cotangent[..., None, :]
     difference = s - jnp.sum(s * shares, axis=-1, keepdims=True)
     difference = _reference.quotient(difference, total)
     slope = y if options.score == "softmax" else _reference.score_gradient(y, options.score)
-    present = (_reference.as_float32(logits) > -jnp.inf) & (saved[..., 1:] > 0)
     gradient += jnp.where(present, difference * slope, _ZERO)
   if z_cotangent is not None:
     factor = np.float32(2) * z_cotangent[..., None] * softmax.logsumexp
-    gradient += factor[..., None] * softmax.probabilities
+    gradient += jnp.where(present, factor[..., None] * softmax.probabilities, _ZERO)
   return gradient.astype(logits.dtype)
