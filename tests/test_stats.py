@@ -233,6 +233,17 @@ def test_golden_scores(route_with_stats, score):
     assert stats.expert_counts.tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
 
 
+def test_counts_are_exact_beyond_the_integers_of_float32(kernel_route_with_stats):
+  """2**17 tokens that were given the same expert 129 times, but for one slot."""
+  experts = np.zeros((2**17, 129), np.int32)
+  experts[5, 3] = 128
+  logits = np.ones((2**17, 129), ml_dtypes.bfloat16)
+  _, stats = kernel_route_with_stats(logits, 129, experts=experts)
+  assert stats.expert_counts.tolist() == [129 * 2**17 - 1, *[0] * 127, 1]
+  assert stats.num_tokens == 2**17
+  np.testing.assert_allclose(stats.score_sums, 2**17 / 129, rtol=1e-5)
+
+
 def test_many_tokens(kernel_route_with_stats, rng):
   logits, where = shapes.make_logits("random", 65536, 64), rng.random(65536) < 0.9
   routing, stats = kernel_route_with_stats(logits, 6, where=where)

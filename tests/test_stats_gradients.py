@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 import jax_router
 import oracle
 import oracle_stats
+import programs
 import shapes
 from jax_router import Groups, _options, _reference_stats
 
@@ -302,3 +304,67 @@ def test_backward_in_plain_jax(rng, score, renormalize):
     oracle_stats.check_gradient(
       gradient[0], logits[0], one, first, where=where[0], scale=1.5, **static
     )
+
+
+# ---- what is not computed ----
+
+
+def loss_of(names):
+  """A loss of some of the results, with a gradient that needs their values."""
+
+  def loss(logits, **options):
+    routing, stats = jax_router.route_with_stats(logits, 2, **options)
+    values = {
+      "weights": jnp.sum(jnp.sin(routing.weights)),
+      "score_sums": jnp.sum(jnp.sin(stats.score_sums)),
+      "z_sum": jnp.sum(jnp.sin(stats.z_sum)),
+    }
+    return sum((values[name] for name in names), jnp.sum(logits))
+
+  return loss
+
+
+def backward_operands(function, *args) -> list[int]:
+  """How many operands each joint backward kernel has."""
+  text = jax.jit(function).trace(*args).lower(lowering_platforms=("cpu",)).as_text()
+  found = re.findall(r"custom_call @jax_router_stats_backward\(([^)]*)\)", text)
+  return [len(operands.split(",")) for operands in found]
+
+
+@pytest.mark.parametrize("shape", ((7, 12), (16, 12), (3, 16, 12)))
+@pytest.mark.parametrize("names", ((), *SUBSETS), ids="+".join)
+def test_unused_cotangents_cost_nothing(names, shape):
+  """One forward, one backward with no more operands than it needs."""
+  logits = jnp.ones(shape)
+  gradient = jax.grad(loss_of(names))
+  # The joint backward reads logits and softmax; weights come with the choice of three arrays.
+  expected = 2 + 4 * ("weights" in names) + ("score_sums" in names) + ("z_sum" in names)
+  joint = bool(set(names) - {"weights"})
+  assert backward_operands(gradient, logits) == [expected] * joint
+  assert programs.calls("stats", gradient, logits) == (int(bool(names)), int(joint))
+  assert programs.calls("route", gradient, logits) == (0, int(names == ("weights",)))
+
+
+@pytest.mark.parametrize("options", ({}, {"renormalize": False}, {"score": "sigmoid"}))
+def test_named_residuals_save_the_choice_under_checkpoint(options):
+  """One forward kernel with the policy, two without; the same gradient always."""
+  x = jnp.asarray(shapes.make_logits("random", 8, 6))
+  matrix = jnp.asarray(shapes.make_logits("random", 6, 16, seed=1))
+
+  def layer(x, matrix):
+    logits = jnp.tanh(x @ matrix)
+    routing, stats = jax_router.route_with_stats(logits, 2, **options)
+    losses = jax_router.load_balance_loss(stats, 2) + jax_router.z_loss(stats)
+    return losses + jnp.sum(jnp.sin(routing.weights)) + jnp.sum(jnp.sin(stats.score_sums))
+
+  def gradient(layer):
+    return jax.value_and_grad(layer, argnums=(0, 1))
+
+  save = jax.checkpoint_policies.save_only_these_names("jax_router")
+  plain = gradient(layer)
+  saving = gradient(jax.checkpoint(layer, policy=save))
+  recomputing = gradient(jax.checkpoint(layer))
+  want = jax.jit(plain)(x, matrix)
+  for function, forwards in ((plain, 1), (saving, 1), (recomputing, 2)):
+    assert programs.calls("stats", function, x, matrix) == (forwards, 1)
+    programs.assert_same(jax.jit(function)(x, matrix), want)
