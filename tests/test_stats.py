@@ -150,6 +150,19 @@ def test_routing_is_that_of_route_whatever_the_dtypes(kernel_route_with_stats, k
     oracle_stats.check_stats(stats, logits, routing.experts, where=where)
 
 
+def test_64_bit_indices_and_numbers_of_tokens(kernel_route_with_stats):
+  logits = shapes.make_logits("random", 40, 120)
+  where = np.arange(40) % 3 > 0
+  usual = kernel_route_with_stats(logits, 6, where=where)
+  with jax.enable_x64(True):
+    routing, stats = kernel_route_with_stats(logits, 6, where=where, index_dtype="int64")
+    assert routing.experts.dtype == np.int64
+    assert_equal((routing, stats), usual)
+    assert [x.dtype.name for x in stats] == ["int32", "float32", "float32", "int32"]
+    for loss in (jax_router.load_balance_loss(stats, 6), jax_router.z_loss(stats)):
+      assert loss.dtype == np.float32
+
+
 @pytest.mark.parametrize("score", ("softmax", "sqrtsoftplus"))
 def test_leading_dimensions_have_statistics_of_their_own(kernel_route_with_stats, rng, score):
   logits = np.abs(shapes.make_logits("random", 60, 24))

@@ -87,15 +87,15 @@ def test_oracle_gradient_agrees_with_central_differences(rng, score, renormalize
 @pytest.mark.parametrize("names", SUBSETS, ids="+".join)
 @VARIANTS
 def test_every_subset_of_cotangents(kernel_stats_and_gradient, rng, score, renormalize, names):
-  for shape in ((3, 22, 40), (33, 40)):
-    logits = make_logits("random", int(np.prod(shape[:-1])), 40, score).reshape(shape)
-    cotangents = random_cotangents(rng, shape, 8, names)
-    options = {"score": score, "renormalize": renormalize, "scale": 2.5}
-    gradient, _ = check(kernel_stats_and_gradient, logits, 8, cotangents, **options)
-    assert np.abs(gradient).max() > 1e-3
+  shape = (33, 40) if (len(names) + len(score) + renormalize) % 2 else (3, 22, 40)
+  logits = make_logits("random", int(np.prod(shape[:-1])), 40, score).reshape(shape)
+  cotangents = random_cotangents(rng, shape, 8, names)
+  options = {"score": score, "renormalize": renormalize, "scale": 2.5}
+  gradient, _ = check(kernel_stats_and_gradient, logits, 8, cotangents, **options)
+  assert np.abs(gradient).max() > 1e-3
 
 
-@VARIANTS
+@pytest.mark.parametrize("score, renormalize", oracle.VARIANTS[:3] + oracle.VARIANTS[5:7])
 def test_every_implementation(stats_and_gradient, rng, score, renormalize):
   logits = make_logits("dead", 24, 30, score)
   logits[::2] = make_logits("nan", 12, 30, score)
@@ -159,7 +159,7 @@ def test_given_experts_twice_add_up(kernel_stats_and_gradient, rng, score, renor
 
 
 @pytest.mark.parametrize("poison", (np.nan, np.inf))
-@pytest.mark.parametrize("score, renormalize", oracle.VARIANTS[:4])
+@pytest.mark.parametrize("score, renormalize", oracle.VARIANTS[1:3])
 def test_cotangents_without_an_expert_do_not_leak(
   stats_and_gradient, rng, score, renormalize, poison
 ):
@@ -228,11 +228,11 @@ def losses_of(logits, implementation, **options) -> jax.Array:
   return weights + jnp.sum(factor * jnp.sin(stats.score_sums)) + jnp.sin(stats.z_sum / 50)
 
 
-# Odd numbers of tokens are one group, even ones several.
+# An odd number of tokens is one group, an even one several.
+DEFAULT = (("softmax", True, 7), ("softmax", False, 8), ("sigmoid", True, 8))
 SECOND_ORDER = [
-  pytest.param(*variant, tokens, marks=() if (i + tokens) % 3 == 1 else pytest.mark.slow)
-  for i, variant in enumerate(oracle.VARIANTS)
-  for tokens in (7, 8)
+  pytest.param(*case, marks=() if case in DEFAULT else pytest.mark.slow)
+  for case in ((*variant, tokens) for variant in oracle.VARIANTS for tokens in (7, 8))
 ]
 
 
@@ -257,16 +257,15 @@ def test_second_order_is_the_references(kernel, rng, score, renormalize, tokens)
   assert np.abs(got[2]).max() > 1e-3 and not np.asarray(got[2])[2].any()
 
 
-@pytest.mark.parametrize("score", ("softmax", "sigmoid"))
-def test_forward_mode_needs_the_reference(rng, score):
+def test_forward_mode_needs_the_reference(rng):
   logits = jnp.asarray(shapes.make_logits("random", 8, 10))
   tangent = jnp.asarray(rng.normal(size=(8, 10)), jnp.float32)
 
   def loss(implementation):
-    return functools.partial(losses_of, implementation=implementation, score=score)
+    return functools.partial(losses_of, implementation=implementation, score="sigmoid")
 
-  _, got = jax.jvp(loss("reference"), (logits,), (tangent,))
-  want = jnp.vdot(jax.grad(loss(None))(logits), tangent)
+  _, got = jax.jit(lambda x, t: jax.jvp(loss("reference"), (x,), (t,)))(logits, tangent)
+  want = jnp.vdot(jax.jit(jax.grad(loss(None)))(logits), tangent)
   np.testing.assert_allclose(got, want, rtol=1e-4)
   with pytest.raises(TypeError, match="forward-mode autodiff"):
     jax.jvp(loss(None), (logits,), (tangent,))
@@ -275,7 +274,7 @@ def test_forward_mode_needs_the_reference(rng, score):
 # ---- what platforms without a kernel run ----
 
 
-@VARIANTS
+@pytest.mark.parametrize("score, renormalize", oracle.VARIANTS[:3] + oracle.VARIANTS[5:7])
 def test_backward_in_plain_jax(rng, score, renormalize):
   """The reference in the place of both kernels."""
   options = _options.route_options(24, 5, score, renormalize, 1.5, None)
@@ -295,7 +294,7 @@ def test_backward_in_plain_jax(rng, score, renormalize):
 
   static = {"score": score, "renormalize": renormalize}
   choice = oracle.route(logits, 5, where=where, **static)
-  for names in (ALL, ("score_sums",), ("weights", "z_sum")):
+  for names in (ALL, ("score_sums",)):
     used = {name: cotangents[name] for name in names}
     gradient = np.asarray(derivative(logits, *(used.get(name) for name in ALL)))
     assert not gradient[1].any()
