@@ -114,8 +114,16 @@ def optional_operands(rng, tokens: int, experts: int, k: int) -> dict:
 NAMES = tuple(optional_operands(np.random.default_rng(0), 2, 8, 2))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("score, renormalize", oracle.VARIANTS)
+# Every variant with half of the operands.
+OPERANDS = [
+  (*variant, name)
+  for i, variant in enumerate(oracle.VARIANTS)
+  for j, name in enumerate(NAMES)
+  if (i + j + i // 2) % 2 == 0
+]
+
+
+@pytest.mark.parametrize("score, renormalize, name", OPERANDS)
 def test_operands(kernel_route_with_stats, kernel_route, rng, score, renormalize, name):
   """Against the oracle, and to the bit the routing of `route`."""
   options = optional_operands(rng, 66, 40, 5)[name] | {"score": score, "renormalize": renormalize}

@@ -175,7 +175,7 @@ def test_eager_calls(make_mesh, rng, kind):
   assert_close_result(got, want)
 
 
-@KINDS
+@pytest.mark.parametrize("kind", (pytest.param(AUTO, marks=pytest.mark.slow), EXPLICIT))
 def test_losses_of_one_kind_need_the_all_reduce_of_theirs(make_mesh, rng, kind):
   """The z loss of sharded tokens, and of a sharded batch the loss of the whole batch."""
   logits, function, _ = make_case(rng, (8, 16, EXPERTS), ())
