@@ -9,6 +9,7 @@
 #include "ffi.h"
 #include "route.h"
 #include "route_ffi.h"
+#include "stats_ffi.h"
 
 namespace nb = nanobind;
 
@@ -70,11 +71,41 @@ ffi::Error route_backward(cudaStream_t stream, ffi::AnyBuffer cotangent, ffi::An
   return launch_result("route_backward", launch_route_backward(call, options, stream));
 }
 
+// ---- stats ----
+
+ffi::Error stats(cudaStream_t stream, ffi::AnyBuffer logits, ffi::RemainingArgs optional,
+                 ffi::RemainingRets results, int64_t k, int64_t score, bool renormalize,
+                 float scale, int64_t group_count, int64_t group_keep, int64_t group_score,
+                 bool has_bias, bool has_where, bool has_experts) {
+  const RouteOptions options =
+      OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
+  RouteForward call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_stats_forward(options, has_bias, has_where, has_experts, logits,
+                                                  optional, results, &call));
+  return launch_result("stats", launch_stats(call, options, stream));
+}
+
+ffi::Error stats_backward(cudaStream_t stream, ffi::AnyBuffer logits, ffi::AnyBuffer softmax,
+                          ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> gradient,
+                          int64_t k, int64_t score, bool renormalize, float scale,
+                          int64_t group_count, int64_t group_keep, int64_t group_score,
+                          bool has_weights, bool has_scores, bool has_z) {
+  const RouteOptions options =
+      OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
+  RouteBackward call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_stats_backward(options, has_weights, has_scores, has_z, logits,
+                                                   softmax, optional, *gradient, &call));
+  return launch_result("stats_backward", launch_route_backward(call, options, stream));
+}
+
 XLA_FFI_DEFINE_HANDLER(kRoute, route, bind_route<Stream>(), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kRouteBackward, route_backward<false>, bind_route_backward<Stream>(),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kDense, dense, bind_dense<Stream>(), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kDenseBackward, route_backward<true>, bind_route_backward<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kStats, stats, bind_stats<Stream>(), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kStatsBackward, stats_backward, bind_stats_backward<Stream>(),
                        {ffi::Traits::kCmdBufferCompatible});
 
 // ---- table ----
@@ -85,6 +116,8 @@ nb::dict handlers() {
   table["route_backward"] = nb::capsule(reinterpret_cast<void*>(kRouteBackward));
   table["dense"] = nb::capsule(reinterpret_cast<void*>(kDense));
   table["dense_backward"] = nb::capsule(reinterpret_cast<void*>(kDenseBackward));
+  table["stats"] = nb::capsule(reinterpret_cast<void*>(kStats));
+  table["stats_backward"] = nb::capsule(reinterpret_cast<void*>(kStatsBackward));
   return table;
 }
 

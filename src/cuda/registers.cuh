@@ -8,6 +8,7 @@
 #include "network.cuh"
 #include "options.h"
 #include "row.cuh"
+#include "stats.cuh"
 #include "survivors.cuh"
 #include "write.cuh"
 
@@ -23,6 +24,7 @@ struct Shape {
   static constexpr int kChunks = kChunks_;
   static constexpr int kClasses = kClasses_;
   static constexpr int kListed = kListed_;
+  static constexpr int kColumns = kLanes * kChunks * kChunk;
   static constexpr int kMaxima = kLanes == kWarpSize ? kClasses : 0;  // in shared memory
 };
 
@@ -200,6 +202,23 @@ __device__ __forceinline__ Candidates list_candidates(const RouteOptions& option
   return {survivors.count, key_from_float(bound.bound), bound.top_key, row.softmax};
 }
 
+// Adds a row to the statistics of its group.
+template <typename T, typename S>
+__device__ __forceinline__ void add_registers(const RouteForward& call, const RouteOptions& options,
+                                              const RegisterRow<T, S>& registers, int64_t token,
+                                              bool real, GroupSums& sums, int lane) {
+  float x[S::kChunks][kChunk];
+  registers.unpack(x);
+  const auto visit_all = [&](auto visit) {
+#pragma unroll
+    for (int j = 0; j < S::kChunks; ++j) visit((j * S::kLanes + lane) * kChunk, x[j]);
+  };
+  const float top = top_of<S>(x);
+  const SavedSoftmax softmax =
+      add_scores<S::kLanes, true>(visit_all, top, real, options.score, sums.scores);
+  sums.count(call, token, real, softmax, lane == 0);
+}
+
 // Shared memory of a warp that works on kTokens tokens at once.
 template <typename S, int kTokens>
 struct WarpScratch {
@@ -210,7 +229,7 @@ struct WarpScratch {
 
 __device__ __forceinline__ TokenContext context_of(int64_t token, bool real,
                                                    const Candidates& found, uint32_t ids,
-                                                   uint32_t* bits) {
+                                                   uint32_t* bits, int32_t* counts = nullptr) {
   return {token,
           real,
           found.count,
@@ -218,7 +237,8 @@ __device__ __forceinline__ TokenContext context_of(int64_t token, bool real,
           unsigned_key(found.top_key),
           found.softmax,
           ids,
-          bits};
+          bits,
+          counts};
 }
 
 // The word of a list slot, for ranking.
@@ -233,16 +253,16 @@ struct WordAt {
 };
 
 // Ranks and writes four tokens, eight lanes each.
-template <bool kDense, typename T, bool kBiased>
+template <Extra kExtra, typename T, bool kBiased>
 __device__ __forceinline__ void rank_group(const RouteForward& call, const RouteOptions& options,
                                            const TokenContext& context,
                                            const RowValues<T, kBiased>& row, RankScratch& scratch,
                                            int group, int lane) {
   const WordAt<T, kBiased> word_at{row, context.ids};
   if (__any_sync(kAllLanes, context.count > 16)) {
-    rank_and_write<kDense, 8, 4>(call, options, context, row, scratch, word_at, group, lane);
+    rank_and_write<kExtra, 8, 4>(call, options, context, row, scratch, word_at, group, lane);
   } else {
-    rank_and_write<kDense, 8, 2>(call, options, context, row, scratch, word_at, group, lane);
+    rank_and_write<kExtra, 8, 2>(call, options, context, row, scratch, word_at, group, lane);
   }
 }
 

@@ -10,11 +10,17 @@
 
 namespace jax_router {
 
-// The forward of `route`, or of `dense` where the call has probs.
+inline bool has_stats(const RouteForward& call) { return call.stats.expert_counts != nullptr; }
+
+// The forward of `route`, or of `dense` where the call has probs; or the first part of `stats`.
 cudaError_t launch_route(const RouteForward& call, const RouteOptions& options,
                          cudaStream_t stream);
 
-// The backward of either.
+// The forward of `stats`.
+cudaError_t launch_stats(const RouteForward& call, const RouteOptions& options,
+                         cudaStream_t stream);
+
+// The backward of any of them.
 cudaError_t launch_route_backward(const RouteBackward& call, const RouteOptions& options,
                                   cudaStream_t stream);
 
@@ -30,8 +36,12 @@ cudaError_t launch_route_shared(const RouteForward& call, const RouteOptions& op
 cudaError_t launch_route_general(const RouteForward& call, const RouteOptions& options,
                                  cudaStream_t stream);
 
-// ---- what launch_route_backward leaves to it: k > 64 ----
+// ---- the kernels that launch_route_backward picks from ----
 
+// Of `stats`.
+cudaError_t launch_stats_backward(const RouteBackward& call, const RouteOptions& options,
+                                  cudaStream_t stream);
+// For k > 64.
 cudaError_t launch_route_backward_general(const RouteBackward& call, const RouteOptions& options,
                                           cudaStream_t stream);
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "joint.cuh"
 #include "route.h"
 #include "scalar.h"
 #include "warp.cuh"
@@ -80,17 +81,38 @@ __device__ void write_dense(const float* row, const T* logits, float mean, float
   }
 }
 
+// The gradient of the weights, in the row so far, and of the statistics.
+template <typename T>
+__device__ void write_joint(const RouteBackward& call, const RouteOptions& options, int64_t token,
+                            const float* row, float mean, T* gradient, int lane) {
+  const int experts = static_cast<int>(call.experts);
+  const T* logits = static_cast<const T*>(call.logits) + token * call.experts;
+  const float* cotangent = score_cotangents(call, token);
+  const auto cotangent_at = [&](int e) { return cotangent == nullptr ? 0.0f : cotangent[e]; };
+  const auto each = [&](auto visit) {
+    for (int e = lane; e < experts; e += kWarpSize) visit(to_float(logits[e]), cotangent_at(e));
+  };
+  const JointRow joint = joint_row(call, options, token, mean, cotangent, each);
+  for (int e = lane; e < experts; e += kWarpSize) {
+    const float x = to_float(logits[e]);
+    const float own = options.dense_gradient() ? row[e] * joint.probability(x) : row[e];
+    store_value(gradient + e, joint.alive() ? own + joint.gradient(x, cotangent_at(e)) : own);
+  }
+}
+
 template <typename T>
 __device__ void backward_token(const RouteBackward& call, const RouteOptions& options,
                                int64_t token, float* row, int lane) {
   const int experts = static_cast<int>(call.experts);
-  const int k = static_cast<int>(options.k);
   T* gradient = static_cast<T*>(call.gradient) + token * call.experts;
-  const float normalizer = call.normalizer[token];
-  if (normalizer != normalizer) {  // padding, or no key above -inf
+  const bool joint = call.softmax != nullptr;
+  const float normalizer = call.weights == nullptr ? 1.0f : call.normalizer[token];
+  if (normalizer != normalizer && !joint) {  // padding, or no key above -inf
     write_row(row, experts, gradient, lane);
     return;
   }
+  const bool weighed = call.weights != nullptr && normalizer == normalizer;
+  const int k = weighed ? static_cast<int>(options.k) : 0;
   float mean = 0.0f;
   for (int i = lane; i < k; i += kWarpSize) {
     const Slot slot = slot_at<T>(call, options, token, i);
@@ -109,7 +131,10 @@ __device__ void backward_token(const RouteBackward& call, const RouteOptions& op
     }
     accumulate_distinct(row, slot.expert, value, lane);
   }
-  if (dense) {
+  if (joint) {
+    __syncwarp();
+    write_joint(call, options, token, row, mean, gradient, lane);
+  } else if (dense) {
     const T* logits = static_cast<const T*>(call.logits) + token * call.experts;
     write_dense(row, logits, mean, normalizer, experts, gradient, lane);
   } else {

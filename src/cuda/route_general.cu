@@ -3,172 +3,19 @@
 #include <cstdint>
 
 #include "dense.cuh"
+#include "keys_row.cuh"
 #include "route.h"
 #include "row.cuh"
 #include "scalar.h"
 #include "select.cuh"
+#include "stats.cuh"
 #include "warp.cuh"
 #include "write.cuh"
 
 namespace jax_router {
 namespace {
 
-// Marks a NaN until the keys are final: under a bias a -inf logit can be chosen, a NaN cannot.
-constexpr int32_t kNanKey = kLowestKey - 1;
-constexpr int kRowMultiple = 128;  // rows of keys are padded to this with kNoKey
-
-// Sizes of a warp's shared memory, the same on both sides of the launch.
-struct Layout {
-  int padded;        // experts, rounded up
-  int padded_k;      // k, rounded up to a power of two
-  int group_padded;  // groups, rounded up to a multiple of 4
-
-  int bitmap_padded;  // words of a row of a bitmap, rounded up to a multiple of 4
-
-  JAX_ROUTER_HOST_DEVICE Layout(const RouteForward& call, const RouteOptions& options) {
-    const int experts = static_cast<int>(call.experts);
-    padded = (experts + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
-    padded_k = 1;
-    while (padded_k < options.k) padded_k *= 2;
-    group_padded = (static_cast<int>(options.group_count) + 3) / 4 * 4;
-    bitmap_padded = (bitmap_words(call) + 3) / 4 * 4;
-  }
-  JAX_ROUTER_HOST_DEVICE int64_t bytes() const {
-    return int64_t{4} * (padded + bitmap_padded) + int64_t{8} * (padded_k + padded_k % 2) +
-           int64_t{8} * group_padded;
-  }
-};
-
-struct Row {
-  int32_t* keys;        // [padded]
-  int64_t* pairs;       // [padded_k], the chosen
-  int32_t* group_keys;  // [groups]
-  int32_t* group_kept;  // [groups]
-  uint32_t* bits;       // of a bitmap
-  int experts;
-  int lane;
-  int padded_k;
-  Softmax softmax;
-};
-
-// ---- scores ----
-
-__device__ __forceinline__ float logit_of(int32_t key) {
-  return float_from_key(key < kLowestKey ? kLowestKey : key);  // NaN and padding become -inf
-}
-
-__device__ __forceinline__ float bounded(float x) { return x < kLargest ? x : kLargest; }
-
-// Largest logit and sum of the softmax terms of the row. The order of additions is that of the CPU,
-// since keys can depend on it: 128 partial sums, element i to sum i mod 128, four of them to a
-// lane, then pairwise at distance 64, 32 ... 1.
-__device__ __forceinline__ Softmax softmax_of(const Row& row, int padded) {
-  float largest = -kLargest;
-  for (int i = row.lane; i < padded; i += kWarpSize) {
-    const float x = bounded(logit_of(row.keys[i]));
-    largest = x > largest ? x : largest;
-  }
-  largest = warp_max(largest);
-  float sums[4] = {};
-  for (int i = 4 * row.lane; i < padded; i += kRowMultiple) {
-    const int4 keys = *reinterpret_cast<const int4*>(row.keys + i);
-    const int32_t each[4] = {keys.x, keys.y, keys.z, keys.w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      sums[j] = add(sums[j], softmax_term(logit_of(each[j]), largest));
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) sums[j] = warp_sum(sums[j]);
-  const float total = add(add(sums[0], sums[2]), add(sums[1], sums[3]));
-  return {largest, total > 0.0f ? total : 1.0f};
-}
-
-// ---- keys ----
-
-template <typename T>
-__device__ __forceinline__ void load_keys(const T* logits, int32_t nan_key, int padded, Row& row) {
-  for (int e = row.lane; e < row.experts; e += kWarpSize) {
-    const int32_t bits = load_bits(logits + e);
-    row.keys[e] = (bits & 0x7fffffff) > 0x7f800000 ? nan_key : flip_order(bits);
-  }
-  for (int e = row.experts + row.lane; e < padded; e += kWarpSize) row.keys[e] = kNoKey;
-  __syncwarp();
-}
-
-// Key of a score (plus bias) from the marked key of its logit.
-__device__ __forceinline__ int32_t scored_key(int32_t key, const float* bias, int e, Score score,
-                                              const Softmax& softmax) {
-  if (key == kNanKey) return kLowestKey;
-  const float x = logit_of(key);
-  // Under "none" a -inf input stays one: its key, unlike its score, is not 0.
-  const float y = score == Score::kNone ? x : score_of(x, score, softmax);
-  return key_from_float(bias == nullptr ? y : add_keys(y, bias[e]));
-}
-
-// Sum of the `terms` largest of the keys that `key_at` gives for [0, size), in descending order.
-template <typename KeyAt>
-__device__ __forceinline__ float sum_of_largest(KeyAt key_at, int size, int terms) {
-  if (terms > size) return -kInfinity;
-  int64_t last = INT64_MAX;
-  float sum = 0.0f;
-  for (int term = 0; term < terms; ++term) {
-    int64_t best = INT64_MIN;
-    for (int i = 0; i < size; ++i) {
-      const int64_t pair = pack(key_at(i), i);
-      if (pair < last && pair > best) best = pair;
-    }
-    const float value = float_from_key(packed_key(best));
-    sum = term == 0 ? value : add_keys(sum, value);
-    last = best;
-  }
-  return sum;
-}
-
-// Final selection keys. False if fewer than `group_keep` group scores lie above -inf.
-__device__ __forceinline__ bool finish_keys(const RouteOptions& options, const float* bias,
-                                            Row& row) {
-  if (bias != nullptr) {
-    for (int e = row.lane; e < row.experts; e += kWarpSize) {
-      row.keys[e] = scored_key(row.keys[e], bias, e, options.score, row.softmax);
-    }
-    __syncwarp();
-  }
-  const int count = static_cast<int>(options.group_count);
-  if (count == 0) return true;
-  const int size = row.experts / count;
-  const bool by_key = bias != nullptr || options.score == Score::kNone ||
-                      (options.score == Score::kSoftmax && options.renormalize) ||
-                      options.group_terms() == 1;
-  for (int g = row.lane; g < count; g += kWarpSize) {
-    const int32_t* keys = row.keys + g * size;
-    const auto key_at = [&](int i) {
-      if (!by_key) return scored_key(keys[i], nullptr, 0, options.score, row.softmax);
-      return keys[i] < kLowestKey ? kLowestKey : keys[i];
-    };
-    const int terms = static_cast<int>(options.group_terms());
-    row.group_keys[g] = key_from_float(sum_of_largest(key_at, size, terms));
-  }
-  __syncwarp();
-  int above = 0;
-  for (int g = row.lane; g < count; g += kWarpSize) {
-    const int32_t mine = row.group_keys[g];
-    int beaten = 0;
-    for (int other = 0; other < count; ++other) {
-      const int32_t key = row.group_keys[other];
-      beaten += key > mine || (key == mine && other < g);
-    }
-    row.group_kept[g] = beaten < options.group_keep;
-    above += mine > kLowestKey;
-  }
-  __syncwarp();
-  for (int e = row.lane; e < row.experts; e += kWarpSize) {
-    const bool excluded = row.keys[e] < kLowestKey || !row.group_kept[e / size];
-    if (excluded) row.keys[e] = kLowestKey;
-  }
-  __syncwarp();
-  return __reduce_add_sync(kAllLanes, above) >= options.group_keep;
-}
+constexpr int kMostStatsWarps = 8;
 
 // ---- slots ----
 
@@ -185,7 +32,7 @@ struct Slot {
 template <typename T>
 __device__ __forceinline__ Slot slot_at(const RouteForward& call, const RouteOptions& options,
                                         int64_t token, int i, const T* logits, Outcome outcome,
-                                        const Row& row) {
+                                        const KeysRow& row) {
   if (outcome == Outcome::kPadding) return {row.experts, 0.0f, false, false};
   Slot slot{i, 0.0f, true, false};
   if (call.given != nullptr) {
@@ -233,7 +80,7 @@ __device__ __forceinline__ float sum_of_terms(Term term, int k, int lane) {
 // slot writes the sum of all.
 template <typename T>
 __device__ __forceinline__ void store_slot(const RouteForward& call, const RouteOptions& options,
-                                           int64_t token, int i, int expert, const Row& row) {
+                                           int64_t token, int i, int expert, const KeysRow& row) {
   const float* weights = call.weights + token * options.k;
   float sum = weights[i];
   if (call.given != nullptr) {
@@ -252,7 +99,7 @@ __device__ __forceinline__ void store_slot(const RouteForward& call, const Route
 template <typename T>
 __device__ __forceinline__ void write_dense(const RouteForward& call, const RouteOptions& options,
                                             int64_t token, const T* logits, Outcome outcome,
-                                            const Row& row) {
+                                            const KeysRow& row) {
   const int words = bitmap_words(call);
   clear_bitmap(row.bits, words, row.lane);
   clear_dense<T>(call, token, 1, row.lane);
@@ -269,7 +116,7 @@ __device__ __forceinline__ void write_dense(const RouteForward& call, const Rout
 template <typename T>
 __device__ __forceinline__ void write_token(const RouteForward& call, const RouteOptions& options,
                                             int64_t token, const T* logits, Outcome outcome,
-                                            const Row& row) {
+                                            const KeysRow& row) {
   const int k = static_cast<int>(options.k);
   const auto slot = [&](int i) { return slot_at(call, options, token, i, logits, outcome, row); };
   float largest = -kLargest;
@@ -308,6 +155,7 @@ __device__ __forceinline__ void write_token(const RouteForward& call, const Rout
     if (outcome == Outcome::kUniform) weight = 1.0f / static_cast<float>(k);
     call.weights[token * k + i] = s.valid ? weight : 0.0f;
     store_index(call.indices, call.index_bytes, token * k + i, s.expert);
+    if (row.counts != nullptr && s.valid) atomicAdd(row.counts + s.expert, 1);
   }
   if (row.lane == 0) {
     const float nan = __int_as_float(0x7fc00000);
@@ -328,20 +176,50 @@ __device__ __forceinline__ bool needs_softmax(const RouteForward& call,
   return !options.renormalize || (call.bias != nullptr && call.given == nullptr);
 }
 
+// Adds a token to the statistics, from the keys of its logits.
+__device__ __forceinline__ void add_keys_row(const RouteForward& call, const RouteOptions& options,
+                                             int64_t token, int padded, const KeysRow& row,
+                                             GroupSums& sums) {
+  const auto visit_all = [&](auto visit) {
+    for (int i = kChunk * row.lane; i < padded; i += kRowMultiple) {
+      float x[kChunk];
+#pragma unroll
+      for (int c = 0; c < kChunk; ++c) x[c] = logit_of(row.keys[i + c]);
+      visit(i, x);
+    }
+  };
+  float top = -kInfinity;
+  visit_all([&](int, const float (&x)[kChunk]) {
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) top = fmaxf(top, x[c]);
+  });
+  top = warp_max(top);
+  const SavedSoftmax softmax =
+      add_scores<kWarpSize, false>(visit_all, top, true, options.score, sums.scores);
+  sums.count(call, token, true, softmax, row.lane == 0);
+}
+
+// `sums`: of the warp, where there are statistics.
 template <typename T>
 __device__ __forceinline__ void route_token(const RouteForward& call, const RouteOptions& options,
-                                            int64_t token, const Layout& layout, Row& row) {
+                                            int64_t token, const KeysLayout& layout, KeysRow& row,
+                                            GroupSums* sums) {
   const T* logits = static_cast<const T*>(call.logits) + token * call.experts;
   if (call.where != nullptr && !call.where[token]) {
+    if (sums != nullptr) sums->count(call, token, false, {0.0f, 0.0f}, row.lane == 0);
     write_token(call, options, token, logits, Outcome::kPadding, row);
     return;
   }
   const bool softmax = needs_softmax(call, options);
   const bool final_keys = call.bias == nullptr && options.group_count == 0;
-  if (call.given == nullptr || softmax) {
+  if (call.given == nullptr || softmax || sums != nullptr) {
     load_keys(logits, final_keys ? kLowestKey : kNanKey, layout.padded, row);
   }
   if (softmax) row.softmax = softmax_of(row, layout.padded);
+  if (sums != nullptr) {
+    add_keys_row(call, options, token, layout.padded, row, *sums);
+    __syncwarp();
+  }
   Outcome outcome = Outcome::kChosen;
   if (call.given == nullptr) {
     const float* bias =
@@ -360,30 +238,59 @@ __global__ void __launch_bounds__(8 * kWarpSize, 4)
                          const __grid_constant__ RouteOptions options) {
   extern __shared__ int4 shared[];
   const WarpRows rows = warp_rows();
-  const Layout layout(call, options);
-  char* memory = reinterpret_cast<char*>(shared) + rows.warp * layout.bytes();
-  Row row;
-  row.keys = reinterpret_cast<int32_t*>(memory);
-  row.pairs = reinterpret_cast<int64_t*>(row.keys + layout.padded);
-  row.group_keys = reinterpret_cast<int32_t*>(row.pairs + layout.padded_k + layout.padded_k % 2);
-  row.group_kept = row.group_keys + layout.group_padded;
-  row.bits = reinterpret_cast<uint32_t*>(row.group_kept + layout.group_padded);
-  row.experts = static_cast<int>(call.experts);
-  row.lane = rows.lane;
-  row.padded_k = layout.padded_k;
-  row.softmax = {0.0f, 1.0f};
+  const KeysLayout layout(call, options);
+  KeysRow row(reinterpret_cast<char*>(shared) + rows.warp * layout.bytes(), layout,
+              static_cast<int>(call.experts), nullptr);
   for (int64_t token = rows.first; token < call.tokens; token += rows.stride) {
-    route_token<T>(call, options, token, layout, row);
+    route_token<T>(call, options, token, layout, row, nullptr);
   }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kMostStatsWarps* kWarpSize, 1)
+    route_general_stats_kernel(const __grid_constant__ RouteForward call,
+                               const __grid_constant__ RouteOptions options,
+                               const __grid_constant__ TokenBlocks blocks) {
+  extern __shared__ int4 shared[];
+  const KeysLayout layout(call, options);
+  const int warps = blockDim.x / kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const BlockSums block(shared, warps, layout.padded);
+  char* const rows =
+      reinterpret_cast<char*>(shared) + BlockSums::bytes(warps, layout.padded, call.experts);
+  const TokenRange range = block_range(call, blocks);
+  block.clear(call.experts);
+  GroupSums sums{block.scores + warp * layout.padded};
+  KeysRow row(rows + warp * layout.bytes(), layout, static_cast<int>(call.experts), block.counts);
+  for (int i = warp; i < range.count; i += warps) {
+    route_token<T>(call, options, range.first + i, layout, row, &sums);
+  }
+  block.write(call, sums);
+}
+
+template <typename T>
+cudaError_t launch_stats(const RouteForward& call, const RouteOptions& options,
+                         cudaStream_t stream) {
+  const TokenBlocks blocks(call);
+  const KeysLayout layout(call, options);
+  const auto bytes = [&](int warps) {
+    return BlockSums::bytes(warps, layout.padded, call.experts) +
+           warps * static_cast<int>(layout.bytes());
+  };
+  int warps = kMostStatsWarps;
+  while (warps > 1 && bytes(warps) > device_limits().shared_bytes - 1024) warps /= 2;
+  return launch_blocks(route_general_stats_kernel<T>, blocks.count(call), warps, bytes(warps),
+                       stream, call, options, blocks);
 }
 
 }  // namespace
 
 cudaError_t launch_route_general(const RouteForward& call, const RouteOptions& options,
                                  cudaStream_t stream) {
-  const int64_t bytes = Layout(call, options).bytes();
+  const int64_t bytes = KeysLayout(call, options).bytes();
   return with_type(call.logits_type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    if (has_stats(call)) return launch_stats<T>(call, options, stream);
     return launch_rows(route_general_kernel<T>, call.tokens, bytes, stream, call, options);
   });
 }

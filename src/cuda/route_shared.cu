@@ -3,9 +3,10 @@
 
 #include <cstdint>
 
-#include "bulk.cuh"
 #include "dense.cuh"
 #include "route.h"
+#include "shared_row.cuh"
+#include "stats.cuh"
 #include "survivors.cuh"
 #include "write.cuh"
 
@@ -13,87 +14,9 @@ namespace jax_router {
 namespace {
 
 constexpr int kMostWarps = 32;
+constexpr int kMostStatsWarps = 16;
 constexpr int kFewestWarps = 4;  // with fewer, loading and choosing hardly overlap
 constexpr int kListed = 128;     // survivors at most
-constexpr int kPadding = kChunk * kWarpSize;
-
-// A row in shared memory, read by one warp, and padded with -inf to a multiple of 128.
-template <typename T>
-struct SharedRow {
-  const T* logits;
-  int chunks;  // a lane
-  int lane;
-
-  __device__ __forceinline__ void load(int j, float (&x)[kChunk]) const {
-    Four<T>::load(logits + (j * kWarpSize + lane) * kChunk).unpack(x);
-  }
-
-  template <int kClasses>
-  __device__ __forceinline__ Bound bound(int k, ClassMaxima<kClasses> maxima) const {
-    float classes[kClasses];
-#pragma unroll
-    for (int i = 0; i < kClasses; ++i) classes[i] = -kInfinity;
-#pragma unroll 4
-    for (int j = 0; j < chunks; ++j) {
-      float x[kChunk];
-      load(j, x);
-#pragma unroll
-      for (int c = 0; c < kChunk; ++c) {
-        classes[c % kClasses] = larger(classes[c % kClasses], x[c]);
-      }
-    }
-    return kth_of_classes(classes, k, maxima, lane);
-  }
-
-  template <typename List>
-  __device__ __forceinline__ void list(float bound, List& survivors) const {
-    for (int first = 0; first < chunks; first += kMaskChunks) {
-      uint32_t mask = 0;
-#pragma unroll
-      for (int j = 0; j < kMaskChunks; ++j) {
-        if (first + j >= chunks) break;
-        float x[kChunk];
-        load(first + j, x);
-#pragma unroll
-        for (int c = 0; c < kChunk; ++c) {
-          if (x[c] >= bound) mask |= 1u << (kChunk * j + c);
-        }
-      }
-      survivors.append(mask, first * kChunk * kWarpSize);
-    }
-  }
-
-  // In the order of additions that the CPU has: 128 partial sums, then pairwise.
-  __device__ __forceinline__ Softmax softmax(float top) const {
-    const float largest = larger(smaller(top, kLargest), -kLargest);
-    float sums[kChunk] = {};
-    for (int j = 0; j < chunks; ++j) {
-      float x[kChunk];
-      load(j, x);
-#pragma unroll
-      for (int c = 0; c < kChunk; ++c) {
-        sums[c] = add(sums[c], softmax_term(larger(x[c], -kInfinity), largest));
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < kChunk; ++c) sums[c] = warp_sum(sums[c]);
-    const float total = add(add(sums[0], sums[2]), add(sums[1], sums[3]));
-    return {largest, total > 0.0f ? total : 1.0f};
-  }
-};
-
-// Starts to fill a row of shared memory, or fills it where rows are not aligned.
-template <typename T>
-__device__ __forceinline__ void fill_row(const RouteForward& call, int64_t token, T* row,
-                                         CopyBarrier& barrier, int lane) {
-  const int experts = static_cast<int>(call.experts);
-  const T* logits = static_cast<const T*>(call.logits) + token * call.experts;
-  if (kHasBulkCopy && call.aligned) {
-    if (lane == 0) barrier.load(row, logits, experts * static_cast<uint32_t>(sizeof(T)));
-    return;
-  }
-  for (int e = lane; e < experts; e += kWarpSize) row[e] = logits[e];
-}
 
 struct SharedScratch {
   RankScratch ranks;
@@ -103,12 +26,15 @@ struct SharedScratch {
 };
 
 // Sizes of a warp's shared memory: its row, its scratch and its row of a bitmap, in this order.
+// Where there are statistics, the sums of all warps and the counts of the block come first.
 struct SharedLayout {
+  int columns;
   int row_bytes;
   int bitmap_words;
 
   JAX_ROUTER_HOST_DEVICE SharedLayout(const RouteForward& call, int size)
-      : row_bytes(static_cast<int>((call.experts + kPadding - 1) / kPadding * kPadding * size)),
+      : columns(static_cast<int>((call.experts + kPadding - 1) / kPadding * kPadding)),
+        row_bytes(columns * size),
         bitmap_words(jax_router::bitmap_words(call)) {}
   JAX_ROUTER_HOST_DEVICE int bytes() const {
     const int bitmap = (bitmap_words + 3) / 4 * 16;
@@ -116,16 +42,33 @@ struct SharedLayout {
   }
 };
 
-template <typename T, int kClasses, bool kDense>
-__global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
-    route_shared_kernel(const __grid_constant__ RouteForward call,
-                        const __grid_constant__ RouteOptions options) {
-  extern __shared__ int4 shared_memory[];
-  __shared__ int taken;
+// Which tokens a warp takes. Blocks take tokens in turn, so that all of them read from one part of
+// memory at a time, and its warps as they come; where there are statistics, whose bits depend on
+// it, each has its own.
+template <bool kStats>
+struct Turns {
+  int64_t first;
+  int64_t stride;
+  int tokens;  // of the block
+  int* taken;
+
+  __device__ __forceinline__ int64_t token(int i) const { return first + i * stride; }
+  __device__ __forceinline__ int next(int i, int lane) const {
+    if constexpr (kStats) return i + blockDim.x / kWarpSize;
+    int next = 0;
+    if (lane == 0) next = atomicAdd(taken, 1);
+    return __shfl_sync(kAllLanes, next, 0);
+  }
+};
+
+// Routes the tokens whose turn it is, by one warp with its own row.
+template <typename T, int kClasses, Extra kExtra>
+__device__ __forceinline__ void route_in_turn(const RouteForward& call, const RouteOptions& options,
+                                              const Turns<kExtra == Extra::kStats>& turns,
+                                              const SharedLayout& layout, char* memory,
+                                              GroupSums* sums, int32_t* counts) {
+  constexpr bool kDense = kExtra == Extra::kDense;
   const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  const SharedLayout layout(call, sizeof(T));
-  char* const memory = reinterpret_cast<char*>(shared_memory) + warp * layout.bytes();
   T* const row = reinterpret_cast<T*>(memory);
   SharedScratch& scratch = *reinterpret_cast<SharedScratch*>(memory + layout.row_bytes);
   uint32_t* const bits = reinterpret_cast<uint32_t*>(&scratch + 1);
@@ -133,21 +76,17 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
   const ClassMaxima<kClasses> maxima{shared_address(scratch.ranks.words)};
   const int k = static_cast<int>(options.k);
   const int experts = static_cast<int>(call.experts);
-  const int chunks = (experts + kPadding - 1) / kPadding;
-  for (int e = experts + lane; e < chunks * kPadding; e += kWarpSize) {
+  const int chunks = layout.columns / kPadding;
+  for (int e = experts + lane; e < layout.columns; e += kWarpSize) {
     store_value(row + e, -kInfinity);
   }
-  if (threadIdx.x == 0) taken = blockDim.x / kWarpSize;
   if (lane == 0) scratch.filled.init();
-  __syncthreads();
+  __syncwarp();
 
-  // Blocks take tokens in turn, so that all of them read from one part of memory at a time.
-  const int tokens = static_cast<int>((call.tokens - blockIdx.x + gridDim.x - 1) / gridDim.x);
-  const auto token_at = [&](int i) { return blockIdx.x + static_cast<int64_t>(i) * gridDim.x; };
-  int next = warp;
-  if (next < tokens) fill_row(call, token_at(next), row, scratch.filled, lane);
-  for (uint32_t phase = 0; next < tokens; phase ^= 1) {
-    const int64_t token = token_at(next);
+  int next = threadIdx.x / kWarpSize;
+  if (next < turns.tokens) fill_row(call, turns.token(next), row, scratch.filled, lane);
+  for (uint32_t phase = 0; next < turns.tokens; phase ^= 1) {
+    const int64_t token = turns.token(next);
     const bool real = call.where == nullptr || call.where[token];
     if (call.aligned) scratch.filled.wait(phase);
     __syncwarp();
@@ -169,10 +108,15 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
       const int expert = static_cast<int>(load_shared_u16(ids + 2 * slot));
       scratch.list_words[slot] = Words<T, false>::word(values, expert);
     }
+    if constexpr (kExtra == Extra::kStats) {
+      const float top = float_from_key(bound.top_key);
+      const SavedSoftmax softmax =
+          add_scores<kWarpSize, false>(shared, top, real, options.score, sums->scores);
+      sums->count(call, token, real, softmax, lane == 0);
+    }
     __syncwarp();
-    if (lane == 0) next = atomicAdd(&taken, 1);
-    next = __shfl_sync(kAllLanes, next, 0);
-    if (next < tokens) fill_row(call, token_at(next), row, scratch.filled, lane);
+    next = turns.next(next, lane);
+    if (next < turns.tokens) fill_row(call, turns.token(next), row, scratch.filled, lane);
 
     if constexpr (kDense) {
       // Not earlier, or the zeros would have left the cache by the time they are written over.
@@ -186,9 +130,10 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
                                unsigned_key(bound.top_key),
                                values.softmax,
                                ids,
-                               bits};
+                               bits,
+                               counts};
     const auto word_at = [&](int slot) { return scratch.list_words[slot]; };
-    finish_token<kDense>(call, options, context, values, scratch.ranks, word_at, lane);
+    finish_token<kExtra>(call, options, context, values, scratch.ranks, word_at, lane);
     __syncwarp();
     if (kDense && layout.bitmap_words > 0) {
       write_bitmap(call, token, 1, bits, layout.bitmap_words, lane);
@@ -197,11 +142,73 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
   }
 }
 
+template <typename T, int kClasses, bool kDense>
+__global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
+    route_shared_kernel(const __grid_constant__ RouteForward call,
+                        const __grid_constant__ RouteOptions options) {
+  extern __shared__ int4 shared_memory[];
+  __shared__ int taken;
+  const SharedLayout layout(call, sizeof(T));
+  if (threadIdx.x == 0) taken = blockDim.x / kWarpSize;
+  __syncthreads();
+  const int tokens = static_cast<int>((call.tokens - blockIdx.x + gridDim.x - 1) / gridDim.x);
+  const Turns<false> turns{blockIdx.x, gridDim.x, tokens, &taken};
+  char* const memory =
+      reinterpret_cast<char*>(shared_memory) + threadIdx.x / kWarpSize * layout.bytes();
+  route_in_turn<T, kClasses, kDense ? Extra::kDense : Extra::kNone>(call, options, turns, layout,
+                                                                    memory, nullptr, nullptr);
+}
+
+template <typename T, int kClasses>
+__global__ void __launch_bounds__(kMostStatsWarps* kWarpSize, 1)
+    route_shared_stats_kernel(const __grid_constant__ RouteForward call,
+                              const __grid_constant__ RouteOptions options,
+                              const __grid_constant__ TokenBlocks blocks) {
+  extern __shared__ int4 shared_memory[];
+  const SharedLayout layout(call, sizeof(T));
+  const int warps = blockDim.x / kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const BlockSums block(shared_memory, warps, layout.columns);
+  const TokenRange range = block_range(call, blocks);
+  block.clear(call.experts);
+  GroupSums sums{block.scores + warp * layout.columns};
+  char* const rows = reinterpret_cast<char*>(shared_memory) +
+                     BlockSums::bytes(warps, layout.columns, call.experts);
+  const Turns<true> turns{range.first, 1, range.count, nullptr};
+  route_in_turn<T, kClasses, Extra::kStats>(call, options, turns, layout,
+                                            rows + warp * layout.bytes(), &sums, block.counts);
+  block.write(call, sums);
+}
+
 // How many warps of a block find room on this device, each with its own row; 0 if none does.
 int most_warps(const RouteForward& call, int size) {
-  const int room = device_limits().shared_bytes - 1024;
-  const int warps = room / SharedLayout(call, size).bytes();
-  return warps < kMostWarps ? warps : kMostWarps;
+  const SharedLayout layout(call, size);
+  int room = device_limits().shared_bytes - 1024;
+  int bytes = layout.bytes();
+  if (has_stats(call)) {
+    room -= BlockSums::bytes(0, layout.columns, call.experts);
+    bytes += layout.columns * static_cast<int>(sizeof(float));
+  }
+  const int most = has_stats(call) ? kMostStatsWarps : kMostWarps;
+  return room / bytes < most ? room / bytes : most;
+}
+
+// Warps of a block for so many tokens: no more than finish them in as many rounds.
+int even_warps(const RouteForward& call, int size, int64_t tokens) {
+  const int64_t most = most_warps(call, size);
+  const int64_t rounds = (tokens + most - 1) / most;
+  return static_cast<int>((tokens + rounds - 1) / rounds);
+}
+
+template <typename T, int kClasses>
+cudaError_t launch_stats(const RouteForward& call, const RouteOptions& options,
+                         cudaStream_t stream) {
+  const TokenBlocks blocks(call);
+  const SharedLayout layout(call, sizeof(T));
+  const int warps = even_warps(call, sizeof(T), blocks.tokens);
+  const int bytes = BlockSums::bytes(warps, layout.columns, call.experts) + warps * layout.bytes();
+  return launch_blocks(route_shared_stats_kernel<T, kClasses>, blocks.count(call), warps, bytes,
+                       stream, call, options, blocks);
 }
 
 template <typename T, int kClasses>
@@ -210,17 +217,19 @@ cudaError_t launch(const RouteForward& call, const RouteOptions& options, cudaSt
                                             : route_shared_kernel<T, kClasses, true>;
   const int64_t processors = device_limits().processors;
   const int64_t blocks = call.tokens < processors ? call.tokens : processors;
-  // No more warps than finish the block's tokens in as many rounds.
-  const int64_t tokens = (call.tokens + blocks - 1) / blocks;
-  const int64_t most = most_warps(call, sizeof(T));
-  const int64_t rounds = (tokens + most - 1) / most;
-  const int warps = static_cast<int>((tokens + rounds - 1) / rounds);
+  const int warps = even_warps(call, sizeof(T), (call.tokens + blocks - 1) / blocks);
   const int bytes = warps * SharedLayout(call, sizeof(T)).bytes();
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (status != cudaSuccess) return status;
-  kernel<<<static_cast<unsigned>(blocks), warps * kWarpSize, bytes, stream>>>(call, options);
-  return cudaGetLastError();
+  return launch_blocks(kernel, static_cast<unsigned>(blocks), warps, bytes, stream, call, options);
+}
+
+template <typename T>
+cudaError_t launch_type(const RouteForward& call, const RouteOptions& options,
+                        cudaStream_t stream) {
+  if (has_stats(call)) {
+    return options.k <= 8 ? launch_stats<T, 1>(call, options, stream)
+                          : launch_stats<T, 2>(call, options, stream);
+  }
+  return options.k <= 8 ? launch<T, 1>(call, options, stream) : launch<T, 2>(call, options, stream);
 }
 
 }  // namespace
@@ -236,8 +245,7 @@ cudaError_t launch_route_shared(const RouteForward& call, const RouteOptions& op
     RouteForward aligned = call;
     aligned.aligned =
         reinterpret_cast<uintptr_t>(call.logits) % 16 == 0 && call.experts * sizeof(T) % 16 == 0;
-    if (options.k <= 8) return launch<T, 1>(aligned, options, stream);
-    return launch<T, 2>(aligned, options, stream);
+    return launch_type<T>(aligned, options, stream);
   });
 }
 

@@ -16,6 +16,11 @@ template <int kChunks>
 using SingleShape = Shape<32, kChunks, 2, 128>;
 
 constexpr int kMostRows = 4;
+
+// Warps of a block that gathers statistics: as many as find room with their registers.
+template <typename S, bool kBiased>
+inline constexpr int kStatsWarps = kBiased || S::kChunks > 4 ? 16 : 32;
+
 constexpr int64_t kManyTokens = 8192;  // so many that every warp can take kMostRows of them
 
 template <typename T, typename S, bool kDense>
@@ -68,25 +73,22 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, S::kChunks > 4 ? 4 
   const bool real = call.where == nullptr || call.where[present];
   const TokenContext context =
       context_of(token, real, mine, lists + 2 * Scratch::kStride * group, bits + group * words);
-  rank_group<kDense>(call, options, context, row, scratch.ranks, group, lane % 8);
+  rank_group<kDense ? Extra::kDense : Extra::kNone>(call, options, context, row, scratch.ranks,
+                                                    group, lane % 8);
   if (words > 0) {
     __syncwarp();
     write_bitmap(call, first, tokens, bits, words, lane);
   }
 }
 
-template <typename T, typename S, bool kBiased, bool kDense>
-__global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDense ? 7 : 8))
-    route_single_kernel(const __grid_constant__ RouteForward call,
-                        const __grid_constant__ RouteOptions options) {
-  using Scratch = WarpScratch<S, 1>;
-  __shared__ Scratch scratches[kRegisterWarps];
-  extern __shared__ uint32_t bitmaps[];
+// Routes one token by one warp. `bits`: its row of a bitmap; `sums` and `counts`: where there are
+// statistics.
+template <typename T, typename S, bool kBiased, Extra kExtra>
+__device__ __forceinline__ void route_token(const RouteForward& call, const RouteOptions& options,
+                                            int64_t token, WarpScratch<S, 1>& scratch,
+                                            uint32_t* bits, GroupSums* sums, int32_t* counts) {
+  constexpr bool kDense = kExtra == Extra::kDense;
   const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * kRegisterWarps + warp;
-  if (token >= call.tokens) return;
-  Scratch& scratch = scratches[warp];
   const uint32_t ids = shared_address(scratch.ids);
   const ClassMaxima<S::kMaxima> maxima{shared_address(scratch.ranks.words)};
   RowValues<T, kBiased> row = row_values<T, kBiased>(call, options, token);
@@ -94,13 +96,14 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDen
   registers.load(row.logits, row.experts, call.aligned, lane);
   const bool real = call.where == nullptr || call.where[token];
   const int words = kDense ? bitmap_words(call) : 0;
-  uint32_t* const bits = bitmaps + warp * words;
   bool fits;
   Candidates found =
       list_candidates<T, S, kBiased>(options, row, registers, ids, maxima, lane, &fits);
   if constexpr (kDense) {
     clear_bitmap(bits, words, lane);
     clear_dense<T>(call, token, 1, lane);
+  } else if constexpr (kExtra == Extra::kStats) {
+    add_registers(call, options, registers, token, real, *sums, lane);
   }
   __syncwarp();
   if (!fits) {
@@ -108,12 +111,47 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDen
                                      static_cast<int>(options.k), maxima, ids, lane));
     __syncwarp();
   }
-  finish_token<kDense>(call, options, context_of(token, real, found, ids, bits), row, scratch.ranks,
-                       WordAt<T, kBiased>{row, ids}, lane);
+  finish_token<kExtra>(call, options, context_of(token, real, found, ids, bits, counts), row,
+                       scratch.ranks, WordAt<T, kBiased>{row, ids}, lane);
   if (words > 0) {
     __syncwarp();
     write_bitmap(call, token, 1, bits, words, lane);
   }
+}
+
+template <typename T, typename S, bool kBiased, bool kDense>
+__global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDense ? 7 : 8))
+    route_single_kernel(const __grid_constant__ RouteForward call,
+                        const __grid_constant__ RouteOptions options) {
+  __shared__ WarpScratch<S, 1> scratches[kRegisterWarps];
+  extern __shared__ uint32_t bitmaps[];
+  const int warp = threadIdx.x / kWarpSize;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kRegisterWarps + warp;
+  if (token >= call.tokens) return;
+  uint32_t* const bits = bitmaps + warp * (kDense ? bitmap_words(call) : 0);
+  route_token<T, S, kBiased, kDense ? Extra::kDense : Extra::kNone>(
+      call, options, token, scratches[warp], bits, nullptr, nullptr);
+}
+
+template <typename T, typename S, bool kBiased>
+__global__ void __launch_bounds__(kStatsWarps<S, kBiased>* kWarpSize, 1)
+    route_single_stats_kernel(const __grid_constant__ RouteForward call,
+                              const __grid_constant__ RouteOptions options,
+                              const __grid_constant__ TokenBlocks blocks) {
+  constexpr int kWarps = kStatsWarps<S, kBiased>;
+  __shared__ WarpScratch<S, 1> scratches[kWarps];
+  extern __shared__ float4 sums_memory[];
+  const BlockSums block(sums_memory, kWarps, S::kColumns);
+  const int warp = threadIdx.x / kWarpSize;
+  const TokenRange range = block_range(call, blocks);
+  block.clear(call.experts);
+  GroupSums sums{block.scores + warp * S::kColumns};
+  for (int i = warp; i < range.count; i += kWarps) {
+    route_token<T, S, kBiased, Extra::kStats>(call, options, range.first + i, scratches[warp],
+                                              nullptr, &sums, block.counts);
+    __syncwarp();
+  }
+  block.write(call, sums);
 }
 
 // The launch of either kernel: `rows` rows a warp.
@@ -143,12 +181,29 @@ cudaError_t launch_chunks(const RouteForward& call, const RouteOptions& options,
   });
 }
 
+template <typename T, int kChunks>
+cudaError_t launch_stats_chunks(const RouteForward& call, const RouteOptions& options,
+                                cudaStream_t stream) {
+  using S = SingleShape<kChunks>;
+  return with_bool(call.bias != nullptr, [&](auto biased) {
+    constexpr int kWarps = kStatsWarps<S, biased.value>;
+    const TokenBlocks blocks(call);
+    const int bytes = BlockSums::bytes(kWarps, S::kColumns, call.experts);
+    return launch_blocks(route_single_stats_kernel<T, S, biased.value>, blocks.count(call), kWarps,
+                         bytes, stream, call, options, blocks);
+  });
+}
+
 }  // namespace
 
 cudaError_t launch_route_warp(const RouteForward& call, const RouteOptions& options,
                               cudaStream_t stream) {
   return with_type(call.logits_type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    if (has_stats(call)) {
+      if (call.experts <= 512) return launch_stats_chunks<T, 4>(call, options, stream);
+      return launch_stats_chunks<T, 8>(call, options, stream);
+    }
     if (call.experts <= 512) return launch_chunks<T, 4>(call, options, stream);
     return launch_chunks<T, 8>(call, options, stream);
   });

@@ -28,6 +28,11 @@ __device__ __forceinline__ float score_of(float x, Score score, const Softmax& s
   return divide(softmax_term(x, softmax.largest), softmax.total);
 }
 
+// A softmax term where the last bits do not matter. NaN counts as -inf.
+__device__ __forceinline__ float fast_term(float x, float largest) {
+  return __expf(fminf(fmaxf(x, -kInfinity), kLargest) - largest);
+}
+
 // A row and what its elements are compared by: the logit itself, or its score plus a bias.
 template <typename T, bool kBiased>
 struct RowValues {

@@ -259,6 +259,19 @@ cudaError_t launch_rows(Kernel kernel, int64_t rows, int64_t bytes_per_warp, cud
   return cudaGetLastError();
 }
 
+// A launch of blocks of so many warps with `bytes` of shared memory.
+template <typename Kernel, typename... Args>
+cudaError_t launch_blocks(Kernel kernel, unsigned blocks, int warps, int bytes, cudaStream_t stream,
+                          const Args&... args) {
+  if (bytes > 0) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (status != cudaSuccess) return status;
+  }
+  kernel<<<blocks, warps * kWarpSize, static_cast<size_t>(bytes), stream>>>(args...);
+  return cudaGetLastError();
+}
+
 // The rows of a warp in such a launch.
 struct WarpRows {
   int lane;

@@ -45,6 +45,9 @@ __device__ __forceinline__ float largest_of_slots(const float (&x)[kSlots]) {
   return largest;
 }
 
+// What a kernel makes of a token besides its weights and experts.
+enum class Extra { kNone, kDense, kStats };
+
 // What the survivors of a token are sorted and weighed with.
 struct TokenContext {
   int64_t token;
@@ -53,13 +56,14 @@ struct TokenContext {
   uint32_t base;  // no word of theirs is below
   uint32_t top;   // none is above
   Softmax softmax;
-  uint32_t ids;    // shared address of the survivors' indices
-  uint32_t* bits;  // the token's row of a bitmap, clear, where one is asked for
+  uint32_t ids;     // shared address of the survivors' indices
+  uint32_t* bits;   // the token's row of a bitmap, clear, where one is asked for
+  int32_t* counts;  // of the block's tokens at each expert, where there are statistics
 };
 
 // Writes the first k slots of a token. `values` are what the slots were compared by, `logits` their
 // logits, both with NaN as -inf.
-template <typename T, bool kBiased, bool kDense, int kLanes, int kSlots>
+template <typename T, bool kBiased, Extra kExtra, int kLanes, int kSlots>
 __device__ __forceinline__ void write_slots(const RouteForward& call, const RouteOptions& options,
                                             const TokenContext& context,
                                             const int (&experts)[kSlots],
@@ -118,8 +122,10 @@ __device__ __forceinline__ void write_slots(const RouteForward& call, const Rout
     const int expert = real ? experts[i] : static_cast<int>(call.experts);
     call.weights[token * k + slot] = weight;
     store_index(call.indices, call.index_bytes, token * k + slot, expert);
-    if constexpr (kDense) {
+    if constexpr (kExtra == Extra::kDense) {
       if (real) store_dense<T>(call, token, expert, weight, context.bits);
+    } else if constexpr (kExtra == Extra::kStats) {
+      if (real) atomicAdd(context.counts + expert, 1);
     }
   }
   if (lane == 0) {
@@ -142,7 +148,7 @@ __device__ __forceinline__ float chosen_logit(const RowValues<T, kBiased>& row, 
 
 // Sorts the survivors of a token by ranking, up to kLanes * kSlots of them, and writes its results;
 // k <= kLanes. `word_at` gives the word of a list slot, `group` is the token's number in the warp.
-template <bool kDense, int kLanes, int kSlots, typename T, bool kBiased, typename WordAt>
+template <Extra kExtra, int kLanes, int kSlots, typename T, bool kBiased, typename WordAt>
 __device__ __forceinline__ void rank_and_write(
     const RouteForward& call, const RouteOptions& options, const TokenContext& context,
     const RowValues<T, kBiased>& row, RankScratch& scratch, WordAt word_at, int group, int lane) {
@@ -170,11 +176,11 @@ __device__ __forceinline__ void rank_and_write(
   const int experts[1] = {static_cast<int>(mine.y)};
   const float values[1] = {Order::value(mine.x)};
   const float logits[1] = {chosen_logit(row, experts[0], values[0])};
-  write_slots<T, kBiased, kDense, kLanes>(call, options, context, experts, values, logits, lane);
+  write_slots<T, kBiased, kExtra, kLanes>(call, options, context, experts, values, logits, lane);
 }
 
 // The same for more survivors, by a sorting network; one token a warp.
-template <bool kDense, int kSlots, typename T, bool kBiased, typename WordAt>
+template <Extra kExtra, int kSlots, typename T, bool kBiased, typename WordAt>
 __device__ __forceinline__ void sort_and_write(const RouteForward& call,
                                                const RouteOptions& options,
                                                const TokenContext& context,
@@ -199,21 +205,21 @@ __device__ __forceinline__ void sort_and_write(const RouteForward& call,
     values[i] = Order::value(sorted[i].word);
     logits[i] = chosen_logit(row, experts[i], values[i]);
   }
-  write_slots<T, kBiased, kDense, kWarpSize>(call, options, context, experts, values, logits, lane);
+  write_slots<T, kBiased, kExtra, kWarpSize>(call, options, context, experts, values, logits, lane);
 }
 
 // Any number of survivors up to 128, one token a warp.
-template <bool kDense, typename T, bool kBiased, typename WordAt>
+template <Extra kExtra, typename T, bool kBiased, typename WordAt>
 __device__ __forceinline__ void finish_token(const RouteForward& call, const RouteOptions& options,
                                              const TokenContext& context,
                                              const RowValues<T, kBiased>& row, RankScratch& scratch,
                                              WordAt word_at, int lane) {
   if (context.count <= kWarpSize) {
-    rank_and_write<kDense, kWarpSize, 1>(call, options, context, row, scratch, word_at, 0, lane);
+    rank_and_write<kExtra, kWarpSize, 1>(call, options, context, row, scratch, word_at, 0, lane);
   } else if (context.count <= 2 * kWarpSize) {
-    sort_and_write<kDense, 2>(call, options, context, row, word_at, lane);
+    sort_and_write<kExtra, 2>(call, options, context, row, word_at, lane);
   } else {
-    sort_and_write<kDense, 4>(call, options, context, row, word_at, lane);
+    sort_and_write<kExtra, 4>(call, options, context, row, word_at, lane);
   }
 }
 

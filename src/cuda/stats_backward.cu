@@ -1,0 +1,200 @@
+// The joint backward of `stats`: one pass over the logits, which turn into their gradient in place,
+// in tiles like those of route_backward.cu.
+
+#include <cstdint>
+
+#include "backward.cuh"
+#include "bulk.cuh"
+#include "joint.cuh"
+#include "route.h"
+#include "warp.cuh"
+
+namespace jax_router {
+namespace {
+
+// A row of a tile, and the cotangents of its scores.
+template <typename T>
+struct TileRow {
+  T* logits;
+  const float* cotangent;
+  int experts;
+  bool in_fours;
+  int lane;
+
+  __device__ __forceinline__ void load_four(int e, float (&x)[4], float (&s)[4]) const {
+    Four<T>::load(logits + e).unpack(x);
+    if (cotangent != nullptr) {
+      Four<float>::load(cotangent + e).unpack(s);
+    } else {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) s[c] = 0.0f;
+    }
+  }
+  __device__ __forceinline__ float cotangent_at(int e) const {
+    return cotangent != nullptr ? __ldg(cotangent + e) : 0.0f;
+  }
+
+  template <typename Visit>
+  __device__ __forceinline__ void visit(Visit visit) const {
+    const int whole = in_fours ? experts : 0;
+#pragma unroll 2
+    for (int e = 4 * lane; e < whole; e += 4 * kWarpSize) {
+      float x[4];
+      float s[4];
+      load_four(e, x, s);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) visit(x[c], s[c]);
+    }
+    for (int e = whole + lane; e < experts; e += kWarpSize) {
+      visit(to_float(logits[e]), cotangent_at(e));
+    }
+  }
+
+  // Puts `gradient(logit, cotangent)` in place of every logit.
+  template <typename Gradient>
+  __device__ __forceinline__ void transform(Gradient gradient) const {
+    const int whole = in_fours ? experts : 0;
+#pragma unroll 2
+    for (int e = 4 * lane; e < whole; e += 4 * kWarpSize) {
+      float x[4];
+      float s[4];
+      load_four(e, x, s);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) x[c] = gradient(x[c], s[c]);
+      Four<T>::pack(x).store(logits + e);
+    }
+    for (int e = whole + lane; e < experts; e += kWarpSize) {
+      store_value(logits + e, gradient(to_float(logits[e]), cotangent_at(e)));
+    }
+  }
+};
+
+// Turns a row of logits into the gradient of the statistics, in place.
+template <typename T>
+__device__ __forceinline__ JointRow transform_row(const RouteBackward& call,
+                                                  const RouteOptions& options, int64_t token,
+                                                  float mean, T* logits, int lane) {
+  const float* cotangent = score_cotangents(call, token);
+  const int experts = static_cast<int>(call.experts);
+  const bool in_fours = experts % 4 == 0 && reinterpret_cast<uintptr_t>(cotangent) % 16 == 0;
+  const TileRow<T> row{logits, cotangent, experts, in_fours, lane};
+  const JointRow joint =
+      joint_row(call, options, token, mean, cotangent, [&](auto visit) { row.visit(visit); });
+  if (!joint.alive()) {
+    row.transform([](float, float) { return 0.0f; });
+  } else if (options.score == Score::kSoftmax) {
+    row.transform([&](float x, float s) { return joint.probability(x) * (s + joint.offset); });
+  } else {
+    row.transform([&](float x, float s) { return joint.gradient(x, s); });
+  }
+  return joint;
+}
+
+// Makes the gradient of the rows of a group in a tile of logits.
+template <typename T, int kPasses>
+__device__ __forceinline__ void apply_group(const RouteBackward& call, const RouteOptions& options,
+                                            const Tiling& tiling, Group<kPasses>& group,
+                                            int64_t first, int tokens, T* tile, int lane) {
+  const int experts = static_cast<int>(call.experts);
+  T* const row = tile + group.row * experts;
+  float values[kPasses];
+  float logits[kPasses];
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    const Slot& slot = group.slots[i];
+    values[i] = options.dense_gradient()
+                    ? slot.h
+                    : slot_gradient(slot, options, group.mean, group.normalizer);
+    logits[i] = slot.expert < 0 ? 0.0f : to_float(row[slot.expert]);
+  }
+  __syncwarp();
+  JointRow joint{};
+  for (int g = 0; g < kWarpSize / tiling.lanes; ++g) {
+    const int source = g * tiling.lanes;
+    const int r = __shfl_sync(kAllLanes, group.row, source);
+    if (r >= tokens) break;
+    const float mean = __shfl_sync(kAllLanes, group.mean, source);
+    const JointRow found = transform_row(call, options, first + r, mean, tile + r * experts, lane);
+    if (r == group.row) joint = found;
+  }
+  __syncwarp();
+  if (call.weights == nullptr) return;
+  if (any_twice(group, row, lane)) merge_equal(group, values, tiling.lanes, lane);
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    const int expert = group.slots[i].expert;
+    if (expert < 0) continue;
+    const float s = joint.cotangent != nullptr ? __ldg(joint.cotangent + expert) : 0.0f;
+    const float own =
+        options.dense_gradient() ? values[i] * joint.probability(logits[i]) : values[i];
+    store_value(row + expert, own + joint.gradient(logits[i], s));
+  }
+}
+
+template <typename T, int kPasses>
+__global__ void __launch_bounds__(kMostWarps* kWarpSize,
+                                  kPasses < 2 ? 7 : (kPasses < 4 ? 6 : (kPasses < 6 ? 5 : 4)))
+    route_stats_backward_kernel(const __grid_constant__ RouteBackward call,
+                                const __grid_constant__ RouteOptions options,
+                                const __grid_constant__ Tiling tiling) {
+  extern __shared__ int4 shared_memory[];
+  __shared__ CopyBarrier barriers[kMostWarps];
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarpSize) + warp;
+  const int64_t first = index * tiling.rows;
+  if (first >= call.tokens) return;
+  const int tokens = static_cast<int>(min(int64_t{tiling.rows}, call.tokens - first));
+  const int tile_bytes = (tiling.rows * tiling.row_bytes + 15) / 16 * 16;
+  T* const tile = reinterpret_cast<T*>(reinterpret_cast<char*>(shared_memory) + warp * tile_bytes);
+  const int bytes = tokens * tiling.row_bytes;
+  const bool bulk = kHasBulkCopy && tiling.aligned && bytes % 16 == 0;
+  const T* const logits = static_cast<const T*>(call.logits) + first * call.experts;
+  if (bulk) {
+    if (lane == 0) {
+      barriers[warp].init();
+      barriers[warp].load(tile, logits, bytes);
+    }
+  } else {
+    copy_tile(tile, logits, bytes, tiling.aligned, lane);
+  }
+  auto group = load_group<T, kPasses>(call, options, tiling, first, 0, tokens, lane);
+  __syncwarp();
+  if (bulk) barriers[warp].wait(0);
+  __syncwarp();
+  const int together = kWarpSize / tiling.lanes;
+  for (int r = 0; r < tokens; r += together) {
+    if (r > 0) group = load_group<T, kPasses>(call, options, tiling, first, r, tokens, lane);
+    apply_group(call, options, tiling, group, first, tokens, tile, lane);
+  }
+  T* const gradient = static_cast<T*>(call.gradient) + first * call.experts;
+  if (bulk) {
+    fence_for_store();
+    __syncwarp();
+    if (lane == 0) {
+      start_store(gradient, tile, bytes);
+      wait_for_stores<0>();
+    }
+  } else {
+    __syncwarp();
+    copy_tile(gradient, tile, bytes, tiling.aligned, lane);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_stats_backward(const RouteBackward& call, const RouteOptions& options,
+                                  cudaStream_t stream) {
+  if (options.k > kMostSlots) return launch_route_backward_general(call, options, stream);
+  return with_type(call.logits_type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Tiling tiling = tile_rows(call, options, sizeof(T));
+    return with_passes(options, tiling, [&](auto passes) {
+      return launch_tiles(route_stats_backward_kernel<T, passes.value>, call, options, tiling,
+                          stream);
+    });
+  });
+}
+
+}  // namespace jax_router
