@@ -115,7 +115,8 @@ def _tokens(stats: RouterStats, num_tokens: Any) -> tuple[jax.Array, jax.Array]:
     tokens = jnp.asarray(num_tokens)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
       raise TypeError(f"num_tokens must have an integer dtype, got {tokens.dtype.name}")
-    if np.broadcast_shapes(tokens.shape, lead) != lead:
+    pairs = zip(reversed(tokens.shape), reversed(lead), strict=False)
+    if tokens.ndim > len(lead) or any(size not in (1, wanted) for size, wanted in pairs):
       raise ValueError(f"num_tokens must broadcast to {lead}, got shape {tokens.shape}")
     tokens = jnp.broadcast_to(tokens, lead)
   else:

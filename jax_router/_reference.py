@@ -125,6 +125,17 @@ def _select(
   return jnp.where(degenerate[..., None], lowest, experts), active, degenerate
 
 
+def quotient(rows: jax.Array, divisors: jax.Array) -> jax.Array:
+  """`rows` `[..., n]` over `divisors` `[..., 1]`.
+
+  Tiny and huge divisors are scaled towards 1: the derivative of the quotient squares them, and XLA
+  may multiply by their inverse.
+  """
+  size = jnp.abs(divisors)
+  factor = jnp.where(size < 1e-10, 1 / EPSILON, jnp.where(size > 1e30, EPSILON, np.float32(1)))
+  return (rows * factor) / (divisors * factor)
+
+
 class Weighing(NamedTuple):
   """Weights of chosen experts `[..., T, k]` and the normalizer of each token `[..., T]`."""
 
@@ -153,11 +164,7 @@ def weigh(
     w = jnp.where(active, _elementwise_score(chosen, options.score), np.float32(0))
     if options.renormalize:
       normalizer = jnp.sum(w, axis=-1) + EPSILON
-      # Tiny and huge divisors are scaled towards 1: the derivative of the quotient squares them,
-      # and XLA may multiply by their inverse.
-      size = jnp.abs(normalizer)
-      factor = jnp.where(size < 1e-10, 1 / EPSILON, jnp.where(size > 1e30, EPSILON, np.float32(1)))
-      w = (w * factor[..., None]) / (normalizer * factor)[..., None]
+      w = quotient(w, normalizer[..., None])
   weights = jnp.where(active, w * np.float32(options.scale), np.float32(0))
   return Weighing(weights, normalizer)
 

@@ -54,7 +54,7 @@ def _scores(logits: jax.Array, softmax: _Softmax, score: str) -> tuple[jax.Array
     return y, y, jnp.ones_like(y[..., :1])
   y = jnp.where(softmax.saved[..., 1:] > 0, _reference.scores(logits, score), _ZERO)
   total = jnp.sum(y, axis=-1, keepdims=True) + _reference.EPSILON
-  return y / total, y, total
+  return _reference.quotient(y, total), y, total
 
 
 def sums(
@@ -84,7 +84,8 @@ def stats(
     logits, bias, where, experts, options=options, index_dtype=index_dtype
   )
   softmax, score_sums, z_sum = sums(logits, where, options.score)
-  slots = chosen.reshape(*chosen.shape[:-2], -1).astype(jnp.int32)
+  *batch, tokens, k = chosen.shape
+  slots = chosen.reshape(*batch, tokens * k).astype(jnp.int32)
   counts = _reference.scatter(jnp.ones_like(slots), slots, logits.shape[-1])
   real = jnp.ones(logits.shape[:-1], jnp.int32) if where is None else where.astype(jnp.int32)
   num_tokens = jnp.sum(real, axis=-1, dtype=jnp.int32)
@@ -117,14 +118,16 @@ def stats_backward(
       options=options, num_experts=logits.shape[-1], dtype=np.dtype(np.float32),
     )  # fmt: skip
   softmax = _softmax(logits, None, saved)
+  # Whatever the cotangents are, padding and entries of -inf have no gradient.
+  present = (_reference.as_float32(logits) > -jnp.inf) & (saved[..., 1:] > 0)
   if score_cotangent is not None:
     shares, y, total = _scores(logits, softmax, options.score)
     s = score_cotangent[..., None, :]
-    difference = (s - jnp.sum(s * shares, axis=-1, keepdims=True)) / total
+    difference = s - jnp.sum(s * shares, axis=-1, keepdims=True)
+    difference = _reference.quotient(difference, total)
     slope = y if options.score == "softmax" else _reference.score_gradient(y, options.score)
-    present = (_reference.as_float32(logits) > -jnp.inf) & (saved[..., 1:] > 0)
     gradient += jnp.where(present, difference * slope, _ZERO)
   if z_cotangent is not None:
     factor = np.float32(2) * z_cotangent[..., None] * softmax.logsumexp
-    gradient += factor[..., None] * softmax.probabilities
+    gradient += jnp.where(present, factor[..., None] * softmax.probabilities, _ZERO)
   return gradient.astype(logits.dtype)

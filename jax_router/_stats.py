@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,10 +53,12 @@ def route_with_stats(
   choice are those without the bias. With `experts` given, these are counted.
 
   Sums are taken in an order that depends on the number of tokens alone: the same input gives the
-  same bits on every run, at any number of threads. Leading dimensions are kept, so sums are per
-  sequence for logits `[B, S, E]`; logits `[E]` are one token. Token-sharded logits under plain
-  `jit` give the sum over all tokens, by one all-reduce of `[E]`-sized data. In `shard_map` the
-  statistics are the shard's own; `jax.lax.psum` adds them up.
+  same bits on every run, at any number of threads, whatever the batching. Where JAX sees several
+  devices, outside `shard_map`, tokens are cut into as many groups whose sums XLA adds up: there the
+  same program gives the same bits. Leading dimensions are kept, so sums are per sequence for logits
+  `[B, S, E]`; logits `[E]` are one token. Token-sharded logits under plain `jit` give the sum over
+  all tokens, by one all-reduce of `[E]`-sized data. In `shard_map` the statistics are the shard's
+  own; `jax.lax.psum` adds them up.
 
   Differentiable in `logits` in reverse mode, twice; the rest as in `jax_router.route`.
 
@@ -91,28 +93,41 @@ def route_with_stats(
   groups_of_tokens = _operands.token_groups(tokens)
   batch = (*lead, groups_of_tokens) if groups_of_tokens > 1 else lead
   operands = _operands.reshape_operands(given, batch, tokens // groups_of_tokens)
+  # An expert may be given more than once.
+  most = tokens if experts is None else tokens * options.k
+  sums = _Sums(groups_of_tokens > 1, groups_of_tokens > 1 and most <= _EXACT_COUNTS)
   results: Sequence[jax.Array]
   if implementation == "reference":
     results = _reference_stats.stats(*operands, options=options, index_dtype=index_dtype)
-    results = (*results[:2], *results[4:])
+    results = (*results[:2], *_sum_groups(results[4:], sums))
   else:
-    results = _stats(Static(options, implementation, num_experts, dtype), index_dtype, *operands)
+    static = Static(options, implementation, num_experts, dtype)
+    results = _stats(static, index_dtype, sums, *operands)
   shape = (*given.logits.shape[:-1], options.k)
   routing = Routing(results[0].reshape(shape).astype(weight_dtype), results[1].reshape(shape))
-  stats = RouterStats(*results[2:])
-  return routing, stats if groups_of_tokens == 1 else _sum_groups(stats, tokens)
+  return routing, RouterStats(*results[2:])
 
 
 # float32 holds every integer up to this.
 _EXACT_COUNTS = 2**24
 
 
-def _sum_groups(stats: RouterStats, tokens: int) -> RouterStats:
+class _Sums(NamedTuple):
+  """Whether statistics are summed over groups of tokens, and whether as one float32 array."""
+
+  grouped: bool
+  packed: bool
+
+
+def _sum_groups(results: Sequence[jax.Array], sums: _Sums) -> RouterStats:
   """Sums the statistics over the token groups, their last batch dimension.
 
   All of them in one array where counts are exact in it, so that sharded tokens need one all-reduce.
   """
-  if tokens > _EXACT_COUNTS:
+  stats = RouterStats(*results)
+  if not sums.grouped:
+    return stats
+  if not sums.packed:
     return RouterStats(*(jnp.sum(x, axis=stats.num_tokens.ndim - 1, dtype=x.dtype) for x in stats))
   wide = [x if x.ndim > stats.num_tokens.ndim else x[..., None] for x in stats]
   packed = jnp.concatenate([x.astype(jnp.float32) for x in wide], axis=-1).sum(axis=-2)
@@ -233,22 +248,23 @@ def _run_forward(static: Static, index_dtype: np.dtype, *arrays):
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _stats(static: Static, index_dtype: np.dtype, logits, bias, where, experts):
+# The sums over token groups lie inside, or cotangents that are not used would arrive as zeros.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _stats(static: Static, index_dtype: np.dtype, sums: _Sums, logits, bias, where, experts):
   results = _run_forward(static, index_dtype, logits, bias, where, experts)
-  return (*results[:2], *results[4:8])
+  return (*results[:2], *_sum_groups(results[4:8], sums))
 
 
-def _stats_forward(static: Static, index_dtype: np.dtype, *primals):
+def _stats_forward(static: Static, index_dtype: np.dtype, sums: _Sums, *primals):
   arrays = [None if x is None else x.value for x in primals]
   results = _run_forward(static, index_dtype, *arrays)
-  weights, experts, normalizer, softmax = (
-    checkpoint_name(x, _operands.CHECKPOINT_NAME) for x in results[:4]
-  )
-  return (weights, experts, *results[4:8]), (weights, experts, normalizer, softmax, arrays[0])
+  # The sums, too: gradients of losses made of them need them.
+  results = (*results[:4], *_sum_groups(results[4:8], sums))
+  named = [checkpoint_name(x, _operands.CHECKPOINT_NAME) for x in results]
+  return (*named[:2], *named[4:]), (*named[:4], arrays[0])
 
 
-def _stats_backward(static: Static, index_dtype: np.dtype, residuals, cotangents):
+def _stats_backward(static: Static, index_dtype: np.dtype, sums: _Sums, residuals, cotangents):
   """Gradient of the logits from those cotangents alone that are there."""
   del index_dtype
   *choice, softmax, logits = residuals
@@ -259,11 +275,18 @@ def _stats_backward(static: Static, index_dtype: np.dtype, residuals, cotangents
     saved = (*choice, logits if static.options.dense_gradient else None)
     return _operands.pull_back(bind_route_backward, static, weights, saved)
   of_weights = [] if weights is None else [weights, *choice]
+  of_stats = [c for c in (scores, z) if c is not None]
+  if sums.grouped:
+    *lead, groups = logits.shape[:-2]
+    axis = len(lead)
+    of_stats = [
+      jnp.broadcast_to(jnp.expand_dims(c, axis), (*lead, groups, *c.shape[axis:])) for c in of_stats
+    ]
   (gradient,) = _bind_backward(
     logits,
     softmax,
     *of_weights,
-    *(c for c in (scores, z) if c is not None),
+    *of_stats,
     options=static.options,
     dtype=static.logits_dtype,
     has_weights=weights is not None,

@@ -142,6 +142,55 @@ def kernel_route_dense_and_gradient(kernel):
 
 
 @pytest.fixture
+def route_with_stats(implementation):
+  """`jax_router.route_with_stats` under jit, compiled once for each set of static options."""
+  return _router("route_with_stats", implementation)
+
+
+@pytest.fixture
+def kernel_route_with_stats(kernel):
+  """`route_with_stats` of the kernels only."""
+  return _router("route_with_stats", kernel)
+
+
+@functools.cache
+def _compiled_stats_gradient(k: int, static: tuple):
+  def forward_and_gradient(logits, cotangents, operands):
+    def values_and_result(x):
+      routing, stats = jax_router.route_with_stats(x, k, **operands, **dict(static))
+      values = {"weights": routing.weights, "score_sums": stats.score_sums, "z_sum": stats.z_sum}
+      return {name: values[name] for name in cotangents}, (routing, stats)
+
+    _, vjp, result = jax.vjp(values_and_result, logits, has_aux=True)
+    return result, vjp(cotangents)[0]
+
+  return jax.jit(forward_and_gradient)
+
+
+def _stats_differentiator(implementation: str):
+  def call(logits, k, cotangents, **options):
+    static, operands = _split(options | {"implementation": implementation})
+    return _compiled_stats_gradient(k, static)(logits, cotangents, operands)
+
+  return call
+
+
+@pytest.fixture
+def stats_and_gradient(implementation):
+  """`(logits, k, cotangents, **options) -> ((Routing, RouterStats), gradient)`, under jit.
+
+  `cotangents`: a dict of those of weights, score_sums and z_sum; the others are not used.
+  """
+  return _stats_differentiator(implementation)
+
+
+@pytest.fixture
+def kernel_stats_and_gradient(kernel):
+  """`stats_and_gradient` of the kernels only."""
+  return _stats_differentiator(kernel)
+
+
+@pytest.fixture
 def make_mesh():
   """`(kind, sizes) -> Mesh` over 8 devices with axes "d" and, for two sizes, "m"."""
   if len(jax.devices()) < 8:

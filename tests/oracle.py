@@ -333,7 +333,7 @@ def check_route(routing, logits, k: int, **options) -> Choice:
   assert np.isfinite(weights).all()
   clear = want.clear
   np.testing.assert_array_equal(experts[clear], want.experts[clear])
-  _check_close(weights[clear], want.weights[clear], want.tolerance[clear])
+  check_close(weights[clear], want.weights[clear], want.tolerance[clear])
   if not clear.all():
     assert clear.mean() > 0.5, "the input leaves too much open"
     logits, experts = np.asarray(logits)[~clear], experts[~clear].astype(np.int64)
@@ -344,7 +344,7 @@ def check_route(routing, logits, k: int, **options) -> Choice:
       right = np.take_along_axis(keys, want.experts[~clear], -1)
       assert (np.abs(got - right) <= 2 * errors.max(-1, keepdims=True)).all()
     again = route(logits, k, **options | {"experts": experts, "bias": None, "where": None})
-    _check_close(weights[~clear], again.weights, again.tolerance)
+    check_close(weights[~clear], again.weights, again.tolerance)
   return want
 
 
@@ -365,13 +365,13 @@ def check_dense(routing, logits, k: int, *, map_format="bytemap", **options) -> 
   assert not np.signbit(probs[zeros & (want >= 0)]).any()
   largest = float(ml_dtypes.finfo(probs.dtype).max)
   bounded = np.clip(probs.astype(np.float64), -largest, largest)
-  tolerance = _widened(tolerance, want, probs.dtype)
-  _check_close(bounded[clear], np.clip(want, -largest, largest)[clear], tolerance[clear])
+  tolerance = widened(tolerance, want, probs.dtype)
+  check_close(bounded[clear], np.clip(want, -largest, largest)[clear], tolerance[clear])
   assert (probs[clear] == 0)[want[clear] == 0].all()
   return choice
 
 
-def _check_close(got, want, tolerance):
+def check_close(got, want, tolerance):
   wrong = ~(np.abs(got.astype(np.float64) - want) <= tolerance)
   assert not wrong.any(), (
     f"{wrong.sum()} of {wrong.size} are off: {got[wrong][:4]} instead of {want[wrong][:4]}, "
@@ -384,10 +384,10 @@ def check_gradient(got, logits, choice: Choice, cotangent, **options) -> None:
   want, tolerance = gradient(logits, choice, cotangent, **options)
   got = np.asarray(got)
   assert got.dtype == np.asarray(logits).dtype and got.shape == want.shape
-  _check_close(got, want, _widened(tolerance, want, got.dtype))
+  check_close(got, want, widened(tolerance, want, got.dtype))
 
 
-def _widened(tolerance, want, dtype) -> np.ndarray:
+def widened(tolerance, want, dtype) -> np.ndarray:
   """The tolerance with the rounding to a narrower dtype."""
   if dtype == np.float32:
     return tolerance
