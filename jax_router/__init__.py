@@ -6,3 +6,4 @@ from jax_router._options import DenseRouting as DenseRouting
 from jax_router._options import Groups as Groups
 from jax_router._options import Routing as Routing
 from jax_router._route import route as route
+from jax_router._scores import aux_scores as aux_scores
