@@ -1,10 +1,11 @@
-// The forward and the backward of `scores` on the CPU. With y the score of a logit, or its softmax
-// term, D = sum y (+ 1e-20 but for softmax), p = y / D and g the cotangent of p:
+// The forward and the backward of `scores` on the CPU. With y the scores of the logits x, for
+// softmax its terms exp(x - max x), and g the cotangent of p:
 //
-//   softmax   dx = p (g - sum g p)
-//   others    dx = (g - sum g p) / D * dy/dx
+//   D = sum y + 1e-20, which is sum y for softmax, since one of its terms is 1
+//   p = y / D
+//   dx = (g - sum g p) / D * dy/dx for finite x, 0 for others
 //
-// for the finite logits, 0 for all others.
+// where dy/dx is y for softmax: what the largest logit adds to it cancels.
 
 #include "scores.h"
 
@@ -23,10 +24,10 @@ constexpr int64_t kBlock = 16 * 32;  // elements that are added up before they j
 struct Row {
   int64_t experts;
   int64_t padded;
-  float* x;          // logits, NaN has become -inf; padded with -inf
-  float* y;          // scores, then normalized scores
+  float* x;  // logits, NaN has become -inf; padded with -inf
+  float* y;
   float* cotangent;  // of the backward alone, 0 where the logit is -inf
-  float* slope;      // dy/dx, of the backward of every score but softmax
+  float* slope;      // dy/dx, 0 where the logit is not finite; of the backward alone
 };
 
 Row take_row(Arena& arena, const ScoresRows& call, bool backward) {
@@ -75,54 +76,50 @@ inline float sum_of(int64_t padded, Value value) {
   return total[0];
 }
 
-// dy/dx of a finite logit x with score y.
-inline float slope_at(float x, float y, Score score) {
-  if (score == Score::kNone) return 1.0f;
-  const float e = exp_nonpositive(x < 0.0f ? x : -x);
-  const float inverse = 1.0f / (1.0f + e);
-  // Not y (1 - y), which cancels for large x.
-  if (score == Score::kSigmoid) return e * inverse * inverse;
-  const float sigmoid = (x < 0.0f ? e : 1.0f) * inverse;
-  return y > 0.0f ? sigmoid / (2.0f * (y > 0.0f ? y : 1.0f)) : 0.0f;
+// dy/dx of a logit x with score y.
+inline float slope_of(float x, float y, Score score) {
+  float slope = 1.0f;
+  if (score == Score::kSoftmax) {
+    slope = y;
+  } else if (score != Score::kNone) {
+    const float e = exp_nonpositive(x < 0.0f ? x : -x);
+    const float inverse = 1.0f / (1.0f + e);
+    const float sigmoid = (x < 0.0f ? e : 1.0f) * inverse;
+    // For sigmoid not y (1 - y), which cancels for large x.
+    slope = score == Score::kSigmoid ? e * inverse * inverse : sigmoid / (2.0f * y);
+  }
+  // A score of 0 has no slope either, but for "none".
+  return x > -kInfinity && x < kInfinity && (y > 0.0f || score == Score::kNone) ? slope : 0.0f;
 }
 
+// Fills row.y and, where asked for, row.slope. Returns what the scores are to be divided by.
 template <Score kScore>
-void elementwise_row(const Row& row, bool slopes) {
+float score_row(const Row& row, bool slopes) {
   const float* __restrict x = row.x;
   float* __restrict y = row.y;
   float* __restrict slope = row.slope;
-  if (slopes) {
-    for (int64_t i = 0; i < row.padded; ++i) {
-      y[i] = elementwise_score(x[i], kScore);
-      slope[i] = slope_at(x[i], y[i], kScore);
-    }
-  } else {
-    for (int64_t i = 0; i < row.padded; ++i) y[i] = elementwise_score(x[i], kScore);
+  const float largest = kScore == Score::kSoftmax ? largest_of(x, row.padded) : 0.0f;
+  for (int64_t i = 0; i < row.padded; ++i) {
+    y[i] =
+        kScore == Score::kSoftmax ? softmax_term(x[i], largest) : elementwise_score(x[i], kScore);
   }
+  if (slopes) {
+    for (int64_t i = 0; i < row.padded; ++i) slope[i] = slope_of(x[i], y[i], kScore);
+  }
+  return sum_of(row.padded, [y](int64_t i) { return y[i]; }) + kEpsilon;
 }
 
-// Fills row.y with scores, still to be divided by the result, and row.slope where asked for.
 float score_row(const Row& row, Score score, bool slopes) {
-  const float* y = row.y;
-  const auto sum = [&] { return sum_of(row.padded, [y](int64_t i) { return y[i]; }); };
   switch (score) {
-    case Score::kSoftmax: {
-      const float largest = largest_of(row.x, row.padded);
-      for (int64_t i = 0; i < row.padded; ++i) row.y[i] = softmax_term(row.x[i], largest);
-      const float total = sum();
-      return total > 0.0f ? total : 1.0f;
-    }
+    case Score::kSoftmax:
+      return score_row<Score::kSoftmax>(row, slopes);
     case Score::kSigmoid:
-      elementwise_row<Score::kSigmoid>(row, slopes);
-      break;
+      return score_row<Score::kSigmoid>(row, slopes);
     case Score::kSqrtSoftplus:
-      elementwise_row<Score::kSqrtSoftplus>(row, slopes);
-      break;
-    case Score::kNone:
-      elementwise_row<Score::kNone>(row, slopes);
-      break;
+      return score_row<Score::kSqrtSoftplus>(row, slopes);
+    default:
+      return score_row<Score::kNone>(row, slopes);
   }
-  return sum() + kEpsilon;
 }
 
 inline bool is_padding(const ScoresRows& call, int64_t token) {
@@ -151,22 +148,14 @@ void backward_row(const ScoresBackward& call, int64_t token, const Row& row) {
   }
   load_row(static_cast<const T*>(call.logits) + token * call.experts, row);
   load_cotangent(call.cotangent + token * call.experts, row);
-  const bool softmax = call.score == Score::kSoftmax;
-  const float divisor = score_row(row, call.score, !softmax);
-  const float* __restrict x = row.x;
-  float* __restrict p = row.y;
+  const float divisor = score_row(row, call.score, true);
+  const float* __restrict y = row.y;
   const float* __restrict g = row.cotangent;
   const float* __restrict slope = row.slope;
-  for (int64_t i = 0; i < row.padded; ++i) p[i] /= divisor;
-  const float mean = sum_of(row.padded, [g, p](int64_t i) { return g[i] * p[i]; });
-  const auto store = [&](int64_t e, float value) {
-    const bool finite = x[e] > -kInfinity && x[e] < kInfinity;
-    store_value(gradient, e, finite ? value : 0.0f);
-  };
-  if (softmax) {
-    for (int64_t e = 0; e < row.experts; ++e) store(e, p[e] * (g[e] - mean));
-  } else {
-    for (int64_t e = 0; e < row.experts; ++e) store(e, (g[e] - mean) / divisor * slope[e]);
+  const float mean = sum_of(row.padded, [=](int64_t i) { return g[i] * (y[i] / divisor); });
+  for (int64_t e = 0; e < row.experts; ++e) {
+    const float value = (g[e] - mean) / divisor * slope[e];
+    store_value(gradient, e, slope[e] != 0.0f ? value : 0.0f);
   }
 }
 

@@ -9,6 +9,8 @@
 #include "ffi.h"
 #include "route.h"
 #include "route_ffi.h"
+#include "scores.h"
+#include "scores_ffi.h"
 
 namespace nb = nanobind;
 
@@ -77,6 +79,28 @@ XLA_FFI_DEFINE_HANDLER(kDense, dense, bind_dense<Stream>(), {ffi::Traits::kCmdBu
 XLA_FFI_DEFINE_HANDLER(kDenseBackward, route_backward<true>, bind_route_backward<Stream>(),
                        {ffi::Traits::kCmdBufferCompatible});
 
+// ---- scores ----
+
+ffi::Error scores(cudaStream_t stream, ffi::AnyBuffer logits, ffi::RemainingArgs optional,
+                  ffi::Result<ffi::AnyBuffer> scores, int64_t score) {
+  ScoresForward call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_scores_forward(score, logits, optional, *scores, &call));
+  return launch_result("scores", launch_scores(call, stream));
+}
+
+ffi::Error scores_backward(cudaStream_t stream, ffi::AnyBuffer cotangent, ffi::AnyBuffer logits,
+                           ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> gradient,
+                           int64_t score) {
+  ScoresBackward call;
+  JAX_ROUTER_RETURN_IF_ERROR(
+      decode_scores_backward(score, cotangent, logits, optional, *gradient, &call));
+  return launch_result("scores_backward", launch_scores_backward(call, stream));
+}
+
+XLA_FFI_DEFINE_HANDLER(kScores, scores, bind_scores<Stream>(), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kScoresBackward, scores_backward, bind_scores_backward<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -85,6 +109,8 @@ nb::dict handlers() {
   table["route_backward"] = nb::capsule(reinterpret_cast<void*>(kRouteBackward));
   table["dense"] = nb::capsule(reinterpret_cast<void*>(kDense));
   table["dense_backward"] = nb::capsule(reinterpret_cast<void*>(kDenseBackward));
+  table["scores"] = nb::capsule(reinterpret_cast<void*>(kScores));
+  table["scores_backward"] = nb::capsule(reinterpret_cast<void*>(kScoresBackward));
   return table;
 }
 
