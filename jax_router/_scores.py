@@ -65,6 +65,7 @@ def aux_scores(
     where=where, experts=None, implementation=implementation,
   )  # fmt: skip
   folded = _operands.fold_tokens(given)
+  scores: jax.Array
   if implementation == "reference":
     scores = _reference.aux_scores(folded.logits, folded.where, score=options.score)
   else:
