@@ -170,6 +170,15 @@ def test_rows_too_long_for_the_registers_of_a_gpu(run_kernel, rng, score, expert
   check(run_kernel, rng, make_logits("nan", 3, experts, score, dtype), score, where)
 
 
+@pytest.mark.parametrize("experts", (8192, 16384))
+@pytest.mark.parametrize("score", SCORES[1:3])
+def test_rounding_errors_of_long_rows_do_not_add_up(run_kernel, rng, score, experts):
+  """Equal terms are rounded the same way with every addition."""
+  logits = np.broadcast_to(rng.normal(size=(16, 1)), (16, experts)).astype(np.float32)
+  scores, _ = run_kernel(logits, logits, score)
+  np.testing.assert_allclose(scores, 1 / experts, rtol=1e-6)
+
+
 @pytest.mark.parametrize("tokens", (0, 1, 3, 257))
 @each_score
 def test_tokens(run, rng, score, tokens):
@@ -237,6 +246,16 @@ def test_huge_logits_have_finite_gradients(run, rng, score, magnitude):
   assert np.isfinite(scores).all() and np.isfinite(gradient).all()
   if score != "none":
     check(run, rng, logits, score)
+
+
+@pytest.mark.parametrize("score", SCORES[:3])
+def test_several_infinite_logits(run, rng, score):
+  """They share the scores, and are at the end of the scale: no gradient."""
+  logits = shapes.make_logits("random", 20, 40)
+  logits[:, 3:6] = np.inf
+  gradient, choice = check(run, rng, logits, score)
+  assert (choice.weights[:, 3:6] > 0.02).all()
+  assert np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("score, offset", (("sigmoid", -44.0), ("sigmoid", -70.0), ("none", 1e-19)))

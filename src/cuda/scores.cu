@@ -35,11 +35,13 @@ __global__ void __launch_bounds__(kMostThreads)
   __shared__ float partials[2][kMostWarps];
   const int64_t token = blockIdx.x;
   float* scores = call.scores + token * call.experts;
-  const bool alive = call.where == nullptr || call.where[token];
-  LongRow<T, kScore> row{static_cast<const T*>(call.logits) + token * call.experts, call.experts};
-  if (alive) row.read(partials);
+  if (call.where != nullptr && !call.where[token]) {
+    for (int64_t e = threadIdx.x; e < call.experts; e += kMostThreads) scores[e] = 0.0f;
+    return;
+  }
+  const auto row = read_row<T, kScore>(call, token, partials);
   for (int64_t e = threadIdx.x; e < call.experts; e += kMostThreads) {
-    scores[e] = alive ? row.scored(e).y * row.inverse : 0.0f;
+    scores[e] = row.scored(e).y * row.inverse;
   }
 }
 

@@ -84,6 +84,11 @@ __device__ __forceinline__ Scored score_of_logit(float x, float largest) {
   }
 }
 
+// The cotangent of a logit, ignored where the logit has no score.
+__device__ __forceinline__ float cotangent_of(float cotangent, float x) {
+  return x > -kInfinity ? cotangent : 0.0f;
+}
+
 // ---- reductions over the threads of a row ----
 
 inline constexpr int kMostWarps = 16;  // of a block that works on one row
@@ -250,21 +255,45 @@ struct LongRow {
   __device__ __forceinline__ Scored scored(int64_t e) const {
     return score_of_logit<kScore>(logit(e), largest);
   }
+  __device__ __forceinline__ float cotangent(const float* cotangents, int64_t e) const {
+    return cotangent_of(cotangents[e], logit(e));
+  }
 
-  __device__ __forceinline__ void read(float (*partials)[kMostWarps]) {
-    largest = 0.0f;
-    if constexpr (kScore == Score::kSoftmax) {
-      largest = -kLargest;
-      for (int64_t e = threadIdx.x; e < experts; e += kMostThreads) {
-        largest = fmaxf(largest, logit(e));
+  // Sum of the scores of this thread's elements, or, where there are cotangents, of these times the
+  // normalized scores. In parts, so that the rounding errors of long rows do not add up.
+  template <bool kCotangents>
+  __device__ __forceinline__ float sum(const float* cotangents) const {
+    float total = 0.0f;
+    for (int64_t begin = threadIdx.x; begin < experts; begin += kMostInRegisters) {
+      const int64_t past = begin + kMostInRegisters;
+      const int64_t end = past < experts ? past : experts;
+      float part = 0.0f;
+      for (int64_t e = begin; e < end; e += kMostThreads) {
+        const float y = scored(e).y;
+        part += kCotangents ? cotangent(cotangents, e) * (y * inverse) : y;
       }
-      largest = fminf(reduce_max<true>(largest, kMostThreads, partials[0]), kLargest);
+      total += part;
     }
-    float sum = 0.0f;
-    for (int64_t e = threadIdx.x; e < experts; e += kMostThreads) sum += scored(e).y;
-    inverse = 1.0f / (reduce_sum<true>(sum, kMostThreads, partials[1]) + kEpsilon);
+    return total;
   }
 };
+
+template <typename T, Score kScore>
+__device__ __forceinline__ LongRow<T, kScore> read_row(const ScoresRows& call, int64_t token,
+                                                       float (*partials)[kMostWarps]) {
+  const T* logits = static_cast<const T*>(call.logits) + token * call.experts;
+  LongRow<T, kScore> row{logits, call.experts, 0.0f, 0.0f};
+  if constexpr (kScore == Score::kSoftmax) {
+    float largest = -kLargest;
+    for (int64_t e = threadIdx.x; e < row.experts; e += kMostThreads) {
+      largest = fmaxf(largest, row.logit(e));
+    }
+    row.largest = fminf(reduce_max<true>(largest, kMostThreads, partials[0]), kLargest);
+  }
+  const float sum = reduce_sum<true>(row.template sum<false>(nullptr), kMostThreads, partials[1]);
+  row.inverse = 1.0f / (sum + kEpsilon);
+  return row;
+}
 
 // ---- launches ----
 

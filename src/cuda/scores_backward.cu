@@ -9,11 +9,6 @@
 namespace jax_router {
 namespace {
 
-// The cotangent of a logit, ignored where the logit has no score.
-__device__ __forceinline__ float cotangent_of(float cotangent, float x) {
-  return x > -kInfinity ? cotangent : 0.0f;
-}
-
 // The gradient of a logit. The slope is 0 where there must be none, whatever the other factors.
 __device__ __forceinline__ float gradient_of(float cotangent, float mean, float inverse,
                                              float slope) {
@@ -61,20 +56,18 @@ __global__ void __launch_bounds__(kMostThreads)
   const int64_t begin = token * call.experts;
   const float* cotangent = call.cotangent + begin;
   T* gradient = static_cast<T*>(call.gradient) + begin;
-  const bool alive = call.where == nullptr || call.where[token];
-  LongRow<T, kScore> row{static_cast<const T*>(call.logits) + begin, call.experts};
-  float mean = 0.0f;
-  if (alive) {
-    row.read(partials);
+  if (call.where != nullptr && !call.where[token]) {
     for (int64_t e = threadIdx.x; e < call.experts; e += kMostThreads) {
-      mean += cotangent_of(cotangent[e], row.logit(e)) * (row.scored(e).y * row.inverse);
+      store_value(gradient + e, 0.0f);
     }
-    mean = reduce_sum<true>(mean, kMostThreads, partials[2]);
+    return;
   }
+  const auto row = read_row<T, kScore>(call, token, partials);
+  const float part = row.template sum<true>(cotangent);
+  const float mean = reduce_sum<true>(part, kMostThreads, partials[2]);
   for (int64_t e = threadIdx.x; e < call.experts; e += kMostThreads) {
-    const float g = cotangent_of(cotangent[e], row.logit(e));
-    const float x = alive ? gradient_of(g, mean, row.inverse, row.scored(e).slope) : 0.0f;
-    store_value(gradient + e, x);
+    const float g = row.cotangent(cotangent, e);
+    store_value(gradient + e, gradient_of(g, mean, row.inverse, row.scored(e).slope));
   }
 }
 
