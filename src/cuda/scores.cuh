@@ -54,8 +54,6 @@ __device__ __forceinline__ float fast_log1p_unit(float u) {
 // The logit with NaN as -inf.
 __device__ __forceinline__ float without_nan(float x) { return fmaxf(x, -kInfinity); }
 
-__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) <= kLargest; }
-
 // For softmax the term exp(x - largest), else the score, and its derivative: 0 unless x is finite.
 struct Scored {
   float y;
