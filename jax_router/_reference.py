@@ -58,10 +58,45 @@ def _elementwise_score(x: jax.Array, score: str) -> jax.Array:
   return jnp.where(present, y, np.float32(0))
 
 
+def quotient(rows: jax.Array, divisors: jax.Array) -> jax.Array:
+  """`rows` `[..., n]` over `divisors` `[..., 1]`.
+
+  Tiny and huge divisors are scaled towards 1: the derivative of the quotient squares them, and XLA
+  may multiply by their inverse.
+  """
+  size = jnp.abs(divisors)
+  factor = jnp.where(size < 1e-10, 1 / EPSILON, jnp.where(size > 1e10, EPSILON, np.float32(1)))
+  return (rows * factor) / (divisors * factor)
+
+
+def _normalize(y: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """y / (sum(y) + EPSILON) over the last axis, and its divisor."""
+  divisor = jnp.sum(y, axis=-1, keepdims=True) + EPSILON
+  return quotient(y, divisor), divisor[..., 0]
+
+
 def scores(logits: jax.Array, score: str) -> jax.Array:
   """Scores `[..., E]` float32 of logits `[..., E]`; NaN and -inf score 0."""
   x = as_float32(logits)
   return _exp_normalize(x)[0] if score == "softmax" else _elementwise_score(x, score)
+
+
+def aux_scores(logits: jax.Array, where: jax.Array | None, *, score: str) -> jax.Array:
+  """Normalized scores `[*B, T, E]` float32 of logits `[*B, T, E]`, 0 outside where `[*B, T]`."""
+  x = _float32(logits)
+  if where is not None:
+    x = jnp.where(where[..., None], x, -_INFINITY)
+  y = _exp_normalize(x)[0] if score == "softmax" else _normalize(_elementwise_score(x, score))[0]
+  # Stops the cotangents of entries without a score.
+  return jnp.where(x > -_INFINITY, y, np.float32(0))
+
+
+def aux_scores_backward(
+  cotangent: jax.Array, logits: jax.Array, where: jax.Array | None, *, score: str
+) -> jax.Array:
+  """Gradient `[*B, T, E]` of the logits, in their dtype, for a cotangent of the scores."""
+  _, pull_back = jax.vjp(lambda x: aux_scores(x, where, score=score), logits)
+  return pull_back(cotangent)[0]
 
 
 def _largest_sum(keys: jax.Array, count: int) -> jax.Array:
@@ -125,17 +160,6 @@ def _select(
   return jnp.where(degenerate[..., None], lowest, experts), active, degenerate
 
 
-def quotient(rows: jax.Array, divisors: jax.Array) -> jax.Array:
-  """`rows` `[..., n]` over `divisors` `[..., 1]`.
-
-  Tiny and huge divisors are scaled towards 1: the derivative of the quotient squares them, and XLA
-  may multiply by their inverse.
-  """
-  size = jnp.abs(divisors)
-  factor = jnp.where(size < 1e-10, 1 / EPSILON, jnp.where(size > 1e30, EPSILON, np.float32(1)))
-  return (rows * factor) / (divisors * factor)
-
-
 class Weighing(NamedTuple):
   """Weights of chosen experts `[..., T, k]` and the normalizer of each token `[..., T]`."""
 
@@ -163,8 +187,7 @@ def weigh(
   else:
     w = jnp.where(active, _elementwise_score(chosen, options.score), np.float32(0))
     if options.renormalize:
-      normalizer = jnp.sum(w, axis=-1) + EPSILON
-      w = quotient(w, normalizer[..., None])
+      w, normalizer = _normalize(w)
   weights = jnp.where(active, w * np.float32(options.scale), np.float32(0))
   return Weighing(weights, normalizer)
 

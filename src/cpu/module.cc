@@ -9,6 +9,8 @@
 #include "parallel.h"
 #include "route.h"
 #include "route_ffi.h"
+#include "scores.h"
+#include "scores_ffi.h"
 #include "stats_ffi.h"
 
 namespace nb = nanobind;
@@ -45,6 +47,20 @@ StatsKernel forward_stats_kernel() {
   if (has_avx2()) return avx2::stats_kernel();
 #endif
   return baseline::stats_kernel();
+}
+
+ScoresKernel<ScoresForward> scores_kernel() {
+#ifdef JAX_ROUTER_HAS_AVX2
+  if (has_avx2()) return avx2::scores_kernel();
+#endif
+  return baseline::scores_kernel();
+}
+
+ScoresKernel<ScoresBackward> scores_backward_kernel() {
+#ifdef JAX_ROUTER_HAS_AVX2
+  if (has_avx2()) return avx2::scores_backward_kernel();
+#endif
+  return baseline::scores_backward_kernel();
 }
 
 template <typename Call>
@@ -153,6 +169,37 @@ XLA_FFI_DEFINE_HANDLER(kDenseBackward, route_backward<true>,
 XLA_FFI_DEFINE_HANDLER(kStats, stats, bind_stats<ffi::ThreadPool>());
 XLA_FFI_DEFINE_HANDLER(kStatsBackward, stats_backward, bind_stats_backward<ffi::ThreadPool>());
 
+// ---- scores ----
+
+template <typename Call>
+ffi::Future run_scores(ffi::ThreadPool& pool, const ScoresKernel<Call>& kernel, const Call& call) {
+  return parallel_rows(pool, call.tokens, call.experts + 8,
+                       [kernel, call](int64_t begin, int64_t end) {
+                         const Scratch scratch(kernel.scratch_bytes(call));
+                         kernel.run(call, begin, end, scratch.data());
+                       });
+}
+
+ffi::Future scores(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::RemainingArgs optional,
+                   ffi::Result<ffi::AnyBuffer> scores, int64_t score) {
+  ScoresForward call;
+  ffi::Error error = decode_scores_forward(score, logits, optional, *scores, &call);
+  if (error.failure()) return finished(std::move(error));
+  return run_scores(pool, scores_kernel(), call);
+}
+
+ffi::Future scores_backward(ffi::ThreadPool pool, ffi::AnyBuffer cotangent, ffi::AnyBuffer logits,
+                            ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> gradient,
+                            int64_t score) {
+  ScoresBackward call;
+  ffi::Error error = decode_scores_backward(score, cotangent, logits, optional, *gradient, &call);
+  if (error.failure()) return finished(std::move(error));
+  return run_scores(pool, scores_backward_kernel(), call);
+}
+
+XLA_FFI_DEFINE_HANDLER(kScores, scores, bind_scores<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(kScoresBackward, scores_backward, bind_scores_backward<ffi::ThreadPool>());
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -163,6 +210,8 @@ nb::dict handlers() {
   table["dense_backward"] = nb::capsule(reinterpret_cast<void*>(kDenseBackward));
   table["stats"] = nb::capsule(reinterpret_cast<void*>(kStats));
   table["stats_backward"] = nb::capsule(reinterpret_cast<void*>(kStatsBackward));
+  table["scores"] = nb::capsule(reinterpret_cast<void*>(kScores));
+  table["scores_backward"] = nb::capsule(reinterpret_cast<void*>(kScoresBackward));
   return table;
 }
 

@@ -9,6 +9,8 @@
 #include "ffi.h"
 #include "route.h"
 #include "route_ffi.h"
+#include "scores.h"
+#include "scores_ffi.h"
 #include "stats_ffi.h"
 
 namespace nb = nanobind;
@@ -108,6 +110,28 @@ XLA_FFI_DEFINE_HANDLER(kStats, stats, bind_stats<Stream>(), {ffi::Traits::kCmdBu
 XLA_FFI_DEFINE_HANDLER(kStatsBackward, stats_backward, bind_stats_backward<Stream>(),
                        {ffi::Traits::kCmdBufferCompatible});
 
+// ---- scores ----
+
+ffi::Error scores(cudaStream_t stream, ffi::AnyBuffer logits, ffi::RemainingArgs optional,
+                  ffi::Result<ffi::AnyBuffer> scores, int64_t score) {
+  ScoresForward call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_scores_forward(score, logits, optional, *scores, &call));
+  return launch_result("scores", launch_scores(call, stream));
+}
+
+ffi::Error scores_backward(cudaStream_t stream, ffi::AnyBuffer cotangent, ffi::AnyBuffer logits,
+                           ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> gradient,
+                           int64_t score) {
+  ScoresBackward call;
+  JAX_ROUTER_RETURN_IF_ERROR(
+      decode_scores_backward(score, cotangent, logits, optional, *gradient, &call));
+  return launch_result("scores_backward", launch_scores_backward(call, stream));
+}
+
+XLA_FFI_DEFINE_HANDLER(kScores, scores, bind_scores<Stream>(), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kScoresBackward, scores_backward, bind_scores_backward<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -118,6 +142,8 @@ nb::dict handlers() {
   table["dense_backward"] = nb::capsule(reinterpret_cast<void*>(kDenseBackward));
   table["stats"] = nb::capsule(reinterpret_cast<void*>(kStats));
   table["stats_backward"] = nb::capsule(reinterpret_cast<void*>(kStatsBackward));
+  table["scores"] = nb::capsule(reinterpret_cast<void*>(kScores));
+  table["scores_backward"] = nb::capsule(reinterpret_cast<void*>(kScoresBackward));
   return table;
 }
 
