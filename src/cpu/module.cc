@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "balance.h"
+#include "balance_ffi.h"
 #include "ffi.h"
 #include "parallel.h"
 #include "route.h"
@@ -37,6 +39,13 @@ RouteBackwardKernel backward_kernel() {
   if (has_avx2()) return avx2::route_backward_kernel();
 #endif
   return baseline::route_backward_kernel();
+}
+
+QuantileHistogramKernel histogram_kernel() {
+#ifdef JAX_ROUTER_HAS_AVX2
+  if (has_avx2()) return avx2::quantile_histogram_kernel();
+#endif
+  return baseline::quantile_histogram_kernel();
 }
 
 template <typename Call>
@@ -105,6 +114,27 @@ XLA_FFI_DEFINE_HANDLER(kDense, dense, bind_dense<ffi::ThreadPool>());
 XLA_FFI_DEFINE_HANDLER(kDenseBackward, route_backward<true>,
                        bind_route_backward<ffi::ThreadPool>());
 
+// ---- balance ----
+
+ffi::Future quantile_histogram(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer cutoff,
+                               ffi::AnyBuffer bounds, ffi::RemainingArgs optional,
+                               ffi::Result<ffi::AnyBuffer> counts, int64_t score, bool has_where) {
+  QuantileHistogram call;
+  ffi::Error error =
+      decode_quantile_histogram(score, has_where, logits, cutoff, bounds, optional, *counts, &call);
+  if (error.failure()) return finished(std::move(error));
+  const QuantileHistogramKernel kernel = histogram_kernel();
+  kernel.prepare(call);
+  return parallel_rows(pool, kernel.tasks(call), kernel.task_cost(call),
+                       [kernel, call](int64_t begin, int64_t end) {
+                         const Scratch scratch(kernel.scratch_bytes(call));
+                         kernel.run(call, begin, end, scratch.data());
+                       });
+}
+
+XLA_FFI_DEFINE_HANDLER(kQuantileHistogram, quantile_histogram,
+                       bind_quantile_histogram<ffi::ThreadPool>());
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -113,6 +143,7 @@ nb::dict handlers() {
   table["route_backward"] = nb::capsule(reinterpret_cast<void*>(kRouteBackward));
   table["dense"] = nb::capsule(reinterpret_cast<void*>(kDense));
   table["dense_backward"] = nb::capsule(reinterpret_cast<void*>(kDenseBackward));
+  table["quantile_histogram"] = nb::capsule(reinterpret_cast<void*>(kQuantileHistogram));
   return table;
 }
 
