@@ -12,12 +12,12 @@
 namespace jax_router {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;
 constexpr int kMostTileShift = 3;          // eight float32 logits are a sector of memory
 constexpr int kUnroll = 4;                 // tokens that a thread reads before it counts them
 constexpr int64_t kTileBytes = 64 * 1024;  // bins of a tile, so that several blocks share an SM
 constexpr int64_t kFewestPartTokens = 256;
-constexpr int64_t kBlocksPerProcessor = 4;
+constexpr int64_t kBlocksPerProcessor = 5;
 
 struct Split {
   int tile_shift;  // 2**tile_shift experts a tile
@@ -25,8 +25,6 @@ struct Split {
   int64_t parts;
   int64_t part_tokens;
 };
-
-__device__ __forceinline__ void count(int32_t* counts) { atomicAdd(counts, 1); }
 
 // Counts one expert (`logits`, `counts` start at it) over tokens first, first + step ... of [0,
 // end).
@@ -51,7 +49,7 @@ __device__ __forceinline__ void count_tokens(const QuantileHistogram& call, cons
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (limit[u] == -kInfinity) continue;
-      count(counts + find_bin(bins, limit[u], observed_score(x[u], call.score)));
+      atomicAdd(counts + find_bin(bins, limit[u], observed_score(x[u], call.score)), 1);
     }
   }
 }
@@ -110,7 +108,7 @@ Split split_work(const QuantileHistogram& call, int processors) {
   const int64_t row_bytes = call.bins * static_cast<int64_t>(sizeof(int32_t));
   while (split.tile_shift > 0 && (row_bytes << split.tile_shift) > kTileBytes) --split.tile_shift;
   split.tiles = (call.experts + (int64_t{1} << split.tile_shift) - 1) >> split.tile_shift;
-  const int64_t wanted = kBlocksPerProcessor * processors / (call.batch * split.tiles) + 1;
+  const int64_t wanted = kBlocksPerProcessor * processors / (call.batch * split.tiles);
   // A part goes over all its bins twice: that must cost less than its tokens.
   const int64_t bins_tokens = call.bins / 4;
   const int64_t fewest = bins_tokens > kFewestPartTokens ? bins_tokens : kFewestPartTokens;
@@ -131,7 +129,7 @@ cudaError_t launch(const QuantileHistogram& call, const Split& split, int64_t sh
     if (status != cudaSuccess) return status;
   }
   const int64_t wanted = call.batch * split.tiles * split.parts;
-  const int64_t most = 4 * kBlocksPerProcessor * processors;
+  const int64_t most = 2 * kBlocksPerProcessor * processors;
   const unsigned blocks = static_cast<unsigned>(wanted < most ? wanted : most);
   kernel<<<blocks, kThreads, static_cast<size_t>(shared_bytes), stream>>>(call, split);
   return cudaGetLastError();
