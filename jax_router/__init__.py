@@ -1,5 +1,9 @@
 """Fused Mixture-of-Experts routing for JAX."""
 
+from jax_router._balance import quantile_bias as quantile_bias
+from jax_router._balance import quantile_histogram as quantile_histogram
+from jax_router._balance import update_bias as update_bias
+from jax_router._cutoff import route_with_cutoff as route_with_cutoff
 from jax_router._dense import route_dense as route_dense
 from jax_router._native import DISABLE_JAX_EXPORT_CHECKS as DISABLE_JAX_EXPORT_CHECKS
 from jax_router._options import DenseRouting as DenseRouting
