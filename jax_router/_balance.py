@@ -18,6 +18,7 @@ from jax_router._primitive import Operation, Result, make_primitive
 # A softmax has no required bias of its own: raising one expert lowers all others.
 HISTOGRAM_SCORES = ("sigmoid", "sqrtsoftplus", "none")
 _MOST_BINS = 2**24  # float32 numbers them exactly
+_MOST_EXPERTS = 2**16  # their square is below 2**32
 
 
 def quantile_histogram(
@@ -129,7 +130,7 @@ def quantile_bias(
   nothing. The sum over micro-batches and over all devices that hold tokens is the caller's, once.
 
   Args:
-    histogram: `[..., E, B]` int32, summed from `quantile_histogram`.
+    histogram: `[..., E, B]` int32, E <= 65536, summed from `quantile_histogram`.
     bias: `[..., E]` float32, that of the forward pass.
     k: static, 1 <= k < E.
     bounds: `[2]` or `[..., 2]` floating, those of the histogram.
@@ -157,13 +158,15 @@ def quantile_bias(
   bias = _check_bias(bias)
   _options.check_shape("bias", bias.shape, (*lead, num_experts), "histogram.shape[:-1]")
   k = _options.check_int("k", k, 1, num_experts - 1, "num_experts - 1")
+  if num_experts > _MOST_EXPERTS:
+    raise ValueError(f"histogram must have at most {_MOST_EXPERTS} experts, got {num_experts}")
   bounds = _check_bounds(bounds, ((2,), (*lead, 2)))
   bounds = jnp.broadcast_to(bounds, (*lead, 2))
   low, high = bounds[..., :1], bounds[..., 1:]
   total = jnp.sum(histogram, axis=-1, dtype=jnp.int32)
   whole, part = _divided(total, k, num_experts)
   cumulative = jnp.cumsum(histogram, axis=-1, dtype=jnp.int32)
-  short = cumulative < (whole + (part > 0))[..., None]
+  short = cumulative < (whole + (part > 0).astype(jnp.int32))[..., None]
   index = jnp.sum(short, axis=-1, dtype=jnp.int32)
   below = jnp.max(jnp.where(short, cumulative, 0), axis=-1)
   reached = jnp.min(jnp.where(short, total[..., None], cumulative), axis=-1)
@@ -274,7 +277,6 @@ def _check_bounds(bounds: Any, allowed: Sequence[tuple[int, ...]]) -> jax.Array:
 def _divided(total: jax.Array, k: int, num_experts: int) -> tuple[jax.Array, jax.Array]:
   """`total * k / num_experts` as an exact int32 and a float32 fraction below 1."""
   quotient, rest = jnp.divmod(total, np.int32(num_experts))
-  # rest < E and k < E, so the product is below E * E.
   product = rest.astype(jnp.uint32) * np.uint32(k)
   whole, left = jnp.divmod(product, np.uint32(num_experts))
   part = left.astype(jnp.float32) / np.float32(num_experts)
@@ -305,8 +307,8 @@ def _group_tokens(logits, cutoff, bounds, where) -> tuple[list[jax.Array], int]:
   if spec[-1] is not None or spec[-2] is not None:
     raise ValueError(
       "logits must not be sharded along their tokens or experts (last two axes), got "
-      f"{jax.typeof(logits)}; call quantile_histogram in jax.shard_map and psum the result, or give "
-      "the logits a leading dimension that carries the sharding, and sum over it"
+      f"{jax.typeof(logits)}; call quantile_histogram in jax.shard_map and psum the result, or "
+      "give the logits a leading dimension that carries the sharding, and sum over it"
     )
   batch, tokens = logits.shape[:-2], logits.shape[-2]
   groups = 0
@@ -328,8 +330,9 @@ def _histogram_attributes(*, score: str, num_bins: int, has_where: bool) -> dict
 
 
 def _histogram_reference(*operands, has_where: bool, **params: Any):
+  logits, cutoff, bounds = operands[:3]
   where = operands[3] if has_where else None
-  return [_reference_balance.quantile_histogram(*operands[:3], where, **params)]
+  return [_reference_balance.quantile_histogram(logits, cutoff, bounds, where, **params)]
 
 
 _bind_histogram = make_primitive(

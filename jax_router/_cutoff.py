@@ -69,18 +69,16 @@ def route_with_cutoff(
     logits, k, score=score, renormalize=renormalize, scale=scale, bias=bias, groups=None,
     where=where, experts=None, implementation=implementation,
   )  # fmt: skip
-  dtype = given.logits.dtype
   index_dtype = _options.check_index_dtype(index_dtype, num_experts)
   weight_dtype = _options.check_weight_dtype(weight_dtype)
   operands = _operands.fold_tokens(given)
-  static = Static(options, implementation, num_experts, dtype)
   if implementation == "reference":
     choice = _reference.route(*operands, options=_widened(options), index_dtype=index_dtype)
-    trimmed = _trim(choice, operands, options, _reference.weigh)
+    weights, experts, _, cutoff = _trim(choice, operands, options, differentiable=True)
+    cutoff = jax.lax.stop_gradient(cutoff)
   else:
-    trimmed = _route_with_cutoff(static, index_dtype, *operands)
-  weights, experts = trimmed[:2]
-  cutoff = jax.lax.stop_gradient(trimmed[-1])
+    static = Static(options, implementation, num_experts, given.logits.dtype)
+    weights, experts, cutoff = _route_with_cutoff(static, index_dtype, *operands)
   lead = given.logits.shape[:-1]
   weights = weights.reshape(*lead, k).astype(weight_dtype)
   return Routing(weights, experts.reshape(*lead, k)), cutoff.reshape(lead)
@@ -103,10 +101,10 @@ def _widened(options: RouteOptions) -> RouteOptions:
   return options._replace(k=options.k + 1, renormalize=False, scale=1.0)
 
 
-def _weigh(scores, normalizer, logits, experts, active, options: RouteOptions):
-  """`_reference.weigh` from the scores of the experts, where these are enough."""
+def _weigh(options: RouteOptions, scores, normalizer, logits, experts, active):
+  """What `_reference.weigh` gives, from the scores of the experts where these are enough."""
   if options.score == "softmax" and options.renormalize:
-    # The probabilities of all experts chosen by a bias may be 0, their softmax is not.
+    # The probabilities of all experts that a bias has chosen may be 0; their softmax is not.
     return _reference.weigh(logits, experts, active, options)
   weights = jnp.where(active, scores, np.float32(0))
   if options.score != "softmax":
@@ -117,41 +115,45 @@ def _weigh(scores, normalizer, logits, experts, active, options: RouteOptions):
   return _reference.Weighing(weights * np.float32(options.scale), normalizer)
 
 
-def _trim(choice, operands: Operands, options: RouteOptions, weigh=None) -> _Trimmed:
-  """What `route` makes of k experts, from the choice of k + 1. Marks: see `_reference.route`."""
+def _biased(scores, bias, experts) -> jax.Array:
+  """Keys `[*B, T]` of one expert a token, added as the kernels add them. Expert E has any key."""
+  flushed = _reference_balance.flushed
+  index = jnp.minimum(experts.astype(jnp.int32), bias.shape[-1] - 1)
+  return flushed(flushed(scores) + flushed(jnp.take_along_axis(bias, index, axis=-1)))
+
+
+def _trim(choice, operands: Operands, options: RouteOptions, differentiable: bool) -> _Trimmed:
+  """What the primitive makes of k experts, from the choice of k + 1, with the same marks."""
   scores, experts, normalizer = choice
   logits, bias, k = operands.logits, operands.bias, options.k
   num_experts = logits.shape[-1]
   active = _reference.active_slots(scores, experts, normalizer, num_experts)
   last = scores[..., k]
   if bias is not None:
-    index = jnp.minimum(experts[..., k].astype(jnp.int32), num_experts - 1)
-    last = _reference_balance.flushed(last) + _reference_balance.flushed(
-      jnp.take_along_axis(bias, index, axis=-1)
-    )
-    last = _reference_balance.flushed(last)
+    last = _biased(last, bias, experts[..., k])
   cutoff = jnp.where(active[..., k], last, -_INFINITY)
-  kept, active = experts[..., :k], active[..., :k]
-  if weigh is None:
-    weights, divisor = _weigh(scores[..., :k], normalizer, logits, kept, active, options)
+  experts, active = experts[..., :k], active[..., :k]
+  if differentiable:
+    weights, divisor = _reference.weigh(logits, experts, active, options)
   else:
-    weights, divisor = weigh(logits, kept, active, options)
+    weights, divisor = _weigh(options, scores[..., :k], normalizer, logits, experts, active)
+  # Adding 0 turns an honest -0.0 into +0.0: see _reference.route for the marks.
   weights = jnp.where(active, weights + np.float32(0), np.float32(-0.0))
-  unfilled = jnp.isnan(normalizer)[..., None]
+  no_gradient = jnp.isnan(normalizer)
   uniform = np.float32(1) / np.float32(k)
-  weights = jnp.where(unfilled, uniform, weights)
-  padding = kept >= jnp.asarray(num_experts, kept.dtype)
+  weights = jnp.where(no_gradient[..., None], uniform, weights)
+  padding = experts >= jnp.asarray(num_experts, experts.dtype)
   weights = jnp.where(padding, np.float32(0), weights)
-  return _Trimmed(weights, kept, jnp.where(unfilled[..., 0], normalizer, divisor), cutoff)
+  return _Trimmed(weights, experts, jnp.where(no_gradient, normalizer, divisor), cutoff)
+
+
+# ---- the differentiable function ----
 
 
 def _run_with_cutoff(static: Static, index_dtype: np.dtype, *arrays) -> _Trimmed:
   wide = static._replace(options=_widened(static.options))
   choice = _route._run_forward(wide, index_dtype, *arrays)
-  return _trim(choice, Operands(*arrays), static.options)
-
-
-# ---- the differentiable function ----
+  return _trim(choice, Operands(*arrays), static.options, differentiable=False)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
