@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -72,13 +73,15 @@ def route_with_cutoff(
   index_dtype = _options.check_index_dtype(index_dtype, num_experts)
   weight_dtype = _options.check_weight_dtype(weight_dtype)
   operands = _operands.fold_tokens(given)
+  results: Sequence[jax.Array]
   if implementation == "reference":
     choice = _reference.route(*operands, options=_widened(options), index_dtype=index_dtype)
     weights, experts, _, cutoff = _trim(choice, operands, options, differentiable=True)
-    cutoff = jax.lax.stop_gradient(cutoff)
+    results = weights, experts, jax.lax.stop_gradient(cutoff)
   else:
     static = Static(options, implementation, num_experts, given.logits.dtype)
-    weights, experts, cutoff = _route_with_cutoff(static, index_dtype, *operands)
+    results = _route_with_cutoff(static, index_dtype, *operands)
+  weights, experts, cutoff = results
   lead = given.logits.shape[:-1]
   weights = weights.reshape(*lead, k).astype(weight_dtype)
   return Routing(weights, experts.reshape(*lead, k)), cutoff.reshape(lead)

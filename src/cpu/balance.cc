@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t kTile = 16;         // experts of a task: a cache line of float32
 constexpr int64_t kEnoughTasks = 64;  // fewer tiles than that are cut into parts
 constexpr int64_t kFewestPartTokens = 2048;
+constexpr int64_t kBlock = 16 * kTile;
 constexpr int64_t kPrefetchRows = 8;
 
 struct Split {
@@ -62,28 +63,57 @@ void prepare(const QuantileHistogram& call) {
   std::memset(call.counts, 0, static_cast<size_t>(size) * sizeof(int32_t));
 }
 
+// A logit, NaN as -inf.
+template <typename T>
+inline float load_number(const T* row, int64_t i) {
+  return float_from_key(key_from_bits(load_bits(row, i)));
+}
+
+// Tokens that are scored at once, and the cutoff of each as often as it has experts.
+struct Block {
+  alignas(64) float x[kBlock];
+  alignas(64) float y[kBlock];
+  alignas(64) float cutoff[kBlock];
+  alignas(64) int32_t bin[kBlock];
+};
+
+template <Score kScore>
+void count_block(const Bins& bins, int64_t width, int64_t size, int64_t experts, Block& block,
+                 int32_t* counts) {
+  elementwise_scores<kScore>(block.x, size, block.y);
+  JAX_ROUTER_INDEPENDENT
+  for (int64_t i = 0; i < size; ++i) block.bin[i] = find_bin(bins, block.cutoff[i], block.y[i]);
+  for (int64_t i = 0; i < size; i += kTile) {
+    for (int64_t j = 0; j < experts; ++j) ++counts[j * width + block.bin[i + j]];
+  }
+}
+
 // Counts `experts` neighbours over tokens [begin, end) of a batch; `logits` and `counts` start at
 // the first of them.
 template <typename T, Score kScore>
 void count_tokens(const QuantileHistogram& call, const Bins& bins, const T* logits,
                   const float* cutoff, const bool* where, int64_t experts, int64_t begin,
                   int64_t end, int32_t* counts) {
-  alignas(64) float x[kTile] = {};
-  alignas(64) int32_t bin[kTile];
+  Block block = {};
+  int64_t size = 0;
   for (int64_t token = begin; token < end; ++token) {
     const T* row = logits + token * call.experts;
     if (token + kPrefetchRows < end) __builtin_prefetch(row + kPrefetchRows * call.experts);
-    const float limit = cutoff[token];
-    if (limit == -kInfinity || (where != nullptr && !where[token])) continue;
+    if (cutoff[token] == -kInfinity || (where != nullptr && !where[token])) continue;
+    float* x = block.x + size;
     if (experts == kTile) {
-      for (int64_t j = 0; j < kTile; ++j) x[j] = bits_float(load_bits(row, j));
+      for (int64_t j = 0; j < kTile; ++j) x[j] = load_number(row, j);
     } else {
-      for (int64_t j = 0; j < experts; ++j) x[j] = bits_float(load_bits(row, j));
+      for (int64_t j = 0; j < experts; ++j) x[j] = load_number(row, j);
     }
-    for (int64_t j = 0; j < kTile; ++j)
-      bin[j] = find_bin(bins, limit, observed_score(x[j], kScore));
-    for (int64_t j = 0; j < experts; ++j) ++counts[j * call.bins + bin[j]];
+    for (int64_t j = 0; j < kTile; ++j) block.cutoff[size + j] = cutoff[token];
+    size += kTile;
+    if (size == kBlock) {
+      count_block<kScore>(bins, call.bins, size, experts, block, counts);
+      size = 0;
+    }
   }
+  count_block<kScore>(bins, call.bins, size, experts, block, counts);
 }
 
 template <typename T>
