@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from jax_router import _operands, _options, _reference, _reference_balance, _route
 from jax_router._operands import Operands, Static
 from jax_router._options import RouteOptions, Routing
+from jax_router._reference import Weighing
 
 _INFINITY = np.float32(np.inf)
 
@@ -76,7 +77,11 @@ def route_with_cutoff(
   results: Sequence[jax.Array]
   if implementation == "reference":
     choice = _reference.route(*operands, options=_widened(options), index_dtype=index_dtype)
-    weights, experts, _, cutoff = _trim(choice, operands, options, differentiable=True)
+
+    def weigh(experts, active):
+      return _reference.weigh(operands.logits, experts, active, options)
+
+    weights, experts, _, cutoff = _trim(choice, operands, options, weigh)
     results = weights, experts, jax.lax.stop_gradient(cutoff)
   else:
     static = Static(options, implementation, num_experts, given.logits.dtype)
@@ -104,18 +109,15 @@ def _widened(options: RouteOptions) -> RouteOptions:
   return options._replace(k=options.k + 1, renormalize=False, scale=1.0)
 
 
-def _weigh(options: RouteOptions, scores, normalizer, logits, experts, active):
-  """What `_reference.weigh` gives, from the scores of the experts where these are enough."""
-  if options.score == "softmax" and options.renormalize:
-    # The probabilities of all experts that a bias has chosen may be 0; their softmax is not.
-    return _reference.weigh(logits, experts, active, options)
+def _weigh(scores, normalizer, active, options: RouteOptions) -> Weighing:
+  """What `_reference.weigh` gives, from the scores of the experts."""
   weights = jnp.where(active, scores, np.float32(0))
-  if options.score != "softmax":
-    normalizer = jnp.ones(weights.shape[:-1], jnp.float32)
   if options.renormalize:
     normalizer = jnp.sum(weights, axis=-1) + _reference.EPSILON
     weights = weights / normalizer[..., None]
-  return _reference.Weighing(weights * np.float32(options.scale), normalizer)
+  if options.renormalize == (options.score == "softmax"):
+    normalizer = jnp.ones_like(normalizer)
+  return Weighing(weights * np.float32(options.scale), normalizer)
 
 
 def _biased(scores, bias, experts) -> jax.Array:
@@ -125,21 +127,28 @@ def _biased(scores, bias, experts) -> jax.Array:
   return flushed(flushed(scores) + flushed(jnp.take_along_axis(bias, index, axis=-1)))
 
 
-def _trim(choice, operands: Operands, options: RouteOptions, differentiable: bool) -> _Trimmed:
-  """What the primitive makes of k experts, from the choice of k + 1, with the same marks."""
+def _trim(
+  choice,
+  operands: Operands,
+  options: RouteOptions,
+  weigh: Callable[[jax.Array, jax.Array], Weighing] | None,
+) -> _Trimmed:
+  """What the primitive makes of k experts, from the choice of k + 1, with the same marks.
+
+  `weigh`: (experts, active) -> their weights, where the scores are not enough.
+  """
   scores, experts, normalizer = choice
-  logits, bias, k = operands.logits, operands.bias, options.k
-  num_experts = logits.shape[-1]
+  k, num_experts = options.k, operands.logits.shape[-1]
   active = _reference.active_slots(scores, experts, normalizer, num_experts)
   last = scores[..., k]
-  if bias is not None:
-    last = _biased(last, bias, experts[..., k])
+  if operands.bias is not None:
+    last = _biased(last, operands.bias, experts[..., k])
   cutoff = jnp.where(active[..., k], last, -_INFINITY)
   experts, active = experts[..., :k], active[..., :k]
-  if differentiable:
-    weights, divisor = _reference.weigh(logits, experts, active, options)
+  if weigh is None:
+    weights, divisor = _weigh(scores[..., :k], normalizer, active, options)
   else:
-    weights, divisor = _weigh(options, scores[..., :k], normalizer, logits, experts, active)
+    weights, divisor = weigh(experts, active)
   # Adding 0 turns an honest -0.0 into +0.0: see _reference.route for the marks.
   weights = jnp.where(active, weights + np.float32(0), np.float32(-0.0))
   no_gradient = jnp.isnan(normalizer)
@@ -156,7 +165,19 @@ def _trim(choice, operands: Operands, options: RouteOptions, differentiable: boo
 def _run_with_cutoff(static: Static, index_dtype: np.dtype, *arrays) -> _Trimmed:
   wide = static._replace(options=_widened(static.options))
   choice = _route._run_forward(wide, index_dtype, *arrays)
-  return _trim(choice, Operands(*arrays), static.options, differentiable=False)
+  operands, options = Operands(*arrays), static.options
+
+  def weigh(experts, active):
+    given = jnp.where(active, experts.astype(jnp.int32), np.int32(static.num_experts))
+    again = operands._replace(bias=None, experts=given)
+    weights, _, normalizer = _route._run_forward(static, np.dtype(np.int32), *again)
+    empty = jnp.isnan(normalizer)
+    weights = jnp.where(empty[..., None], np.float32(0), weights)
+    return Weighing(weights, jnp.where(empty, np.float32(1), normalizer))
+
+  # The probabilities of all experts that a bias has chosen may be 0; their softmax is not.
+  improbable = options.score == "softmax" and options.renormalize and operands.bias is not None
+  return _trim(choice, operands, options, weigh if improbable else None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

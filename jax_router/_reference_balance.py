@@ -48,7 +48,7 @@ def quantile_histogram(
   observed &= valid[..., None]
   batch = math.prod(logits.shape[:-2])
   folded = bins.reshape(batch, *bins.shape[-2:])
-  weight = observed.reshape(batch, -1).astype(jnp.int32)
+  weight = observed.reshape(batch, observed.shape[-1]).astype(jnp.int32)
 
   def count(bins, weight):
     expert = jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32), bins.shape)
