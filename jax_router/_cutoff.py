@@ -114,7 +114,9 @@ def _weigh(scores, normalizer, active, options: RouteOptions) -> Weighing:
   weights = jnp.where(active, scores, np.float32(0))
   if options.renormalize:
     normalizer = jnp.sum(weights, axis=-1) + _reference.EPSILON
-    weights = weights / normalizer[..., None]
+    # XLA may multiply by the inverse, which no huge divisor has: see _reference.weigh.
+    factor = jnp.where(jnp.abs(normalizer) > 1e30, _reference.EPSILON, np.float32(1))
+    weights = (weights * factor[..., None]) / (normalizer * factor)[..., None]
   if options.renormalize == (options.score == "softmax"):
     normalizer = jnp.ones_like(normalizer)
   return Weighing(weights * np.float32(options.scale), normalizer)

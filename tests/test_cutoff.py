@@ -122,7 +122,7 @@ def test_bias_that_forbids_experts(implementation):
 def test_softmax_of_improbable_experts(implementation):
   """A bias chooses experts of probability 0; their weights are still a softmax."""
   logits = np.array([[200, 1, 2, 3, -5]], np.float32)
-  bias = np.array([0, 2, 2, 2, 2], np.float32)
+  bias = np.array([0, 2, 3, 4, 5], np.float32)
   check(implementation, logits, 3, score="softmax", bias=bias)
 
 
