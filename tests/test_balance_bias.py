@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,10 +150,22 @@ def test_sign_updates_converge():
     counts = jnp.zeros(experts, jnp.int32).at[chosen].add(1)
     return update_bias(bias, counts, 0.01), counts
 
-  bias = jnp.zeros(experts)
+  bias, first = step(jnp.zeros(experts))
   for _ in range(100):
     bias, counts = step(bias)
-  assert int(counts.max()) < 1.1 * 4096 * k / experts
+  assert int(first.max()) > 2.5 * 4096 * k / experts
+  assert int(counts.max()) < 1.2 * 4096 * k / experts
+
+
+def test_documentation_runs():
+  """Its own checks of the load are the assertions."""
+  path = pathlib.Path(__file__).parents[1] / "docs" / "balancing.md"
+  blocks = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+  assert len(blocks) == 2
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    for block in blocks:
+      assert "assert " in block
+      exec(compile(block, str(path), "exec"), {})
 
 
 # ---- bad arguments ----
