@@ -36,7 +36,7 @@ def quantile_histogram(
   low, high = bounds[..., 0], bounds[..., 1]
   width = flushed(high - low)
   valid = jnp.isfinite(low) & jnp.isfinite(high) & (width > 0)
-  scale = np.float32(num_bins) / jnp.where(valid, width, np.float32(1))
+  scale = flushed(np.float32(num_bins) / jnp.where(valid, width, np.float32(1)))
   required = flushed(cutoff[..., None] - _reference.scores(logits, score))
   position = flushed(required - low[..., None, None]) * scale[..., None, None]
   # A NaN is not above 0.

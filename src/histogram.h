@@ -41,7 +41,7 @@ JAX_ROUTER_FN bool is_finite(float x) { return (float_bits(x) & 0x7f800000) != 0
 JAX_ROUTER_FN Bins make_bins(const float* bounds, int64_t count) {
   const float width = add_keys(bounds[1], -bounds[0]);
   const bool valid = is_finite(bounds[0]) && is_finite(bounds[1]) && width > 0.0f;
-  return {valid, bounds[0], divide(static_cast<float>(count), width),
+  return {valid, bounds[0], flushed(divide(static_cast<float>(count), width)),
           static_cast<float>(count - 1)};
 }
 
@@ -51,11 +51,6 @@ JAX_ROUTER_FN int32_t find_bin(const Bins& bins, float cutoff, float score) {
   const float position = multiply(add_keys(required, -bins.low), bins.scale);
   const float positive = position > 0.0f ? position : 0.0f;
   return static_cast<int32_t>(positive < bins.last ? positive : bins.last);
-}
-
-// Score of one logit; NaN counts as -inf.
-JAX_ROUTER_FN float observed_score(float x, Score score) {
-  return elementwise_score(x == x ? x : -kInfinity, score);
 }
 
 }  // namespace jax_router

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import pathlib
 import re
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from jax_router import (
+  _balance,
+  _cutoff,
   quantile_bias,
   quantile_histogram,
   route,
@@ -108,8 +111,11 @@ def test_update_bias_follows_the_exact_sign():
   for rate in (0.001, jnp.float32(0.25)):
     got = jax.jit(update_bias)(bias, counts.astype(np.int32), rate)
     np.testing.assert_array_equal(got, bias + np.float32(rate) * sign)
-  got = update_bias(bias, counts.astype(np.int32))
+  got = update_bias(bias, counts.astype(np.uint32))
   np.testing.assert_array_equal(got, bias + np.float32(0.001) * sign)
+  few = rng.integers(0, 9, size=300).astype(np.int8)
+  want = np.sign(int(few.sum()) - 300 * few.astype(int)).astype(np.float32)
+  np.testing.assert_array_equal(update_bias(np.zeros(300, np.float32), few, 1.0), want)
 
 
 # ---- convergence ----
@@ -158,7 +164,10 @@ def test_sign_updates_converge():
 
 
 def test_documentation_runs():
-  """Its own checks of the load are the assertions."""
+  """The checks of the load in the page, and the examples in the docstrings."""
+  for module in (_balance, _cutoff):
+    results = doctest.testmod(module)
+    assert results.attempted >= 4 and results.failed == 0
   path = pathlib.Path(__file__).parents[1] / "docs" / "balancing.md"
   blocks = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
   assert len(blocks) == 2

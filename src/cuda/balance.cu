@@ -49,7 +49,9 @@ __device__ __forceinline__ void count_tokens(const QuantileHistogram& call, cons
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (limit[u] == -kInfinity) continue;
-      atomicAdd(counts + find_bin(bins, limit[u], observed_score(x[u], call.score)), 1);
+      // NaN counts as -inf.
+      const float y = elementwise_score(x[u] == x[u] ? x[u] : -kInfinity, call.score);
+      atomicAdd(counts + find_bin(bins, limit[u], y), 1);
     }
   }
 }
