@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "balance.h"
+#include "balance_ffi.h"
 #include "ffi.h"
 #include "parallel.h"
 #include "route.h"
@@ -20,48 +22,17 @@ namespace {
 
 // ---- dispatch by instruction set ----
 
+// Calls a function of the namespace for the best instruction set that the processor has.
 #ifdef JAX_ROUTER_HAS_AVX2
 bool has_avx2() {
   static const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                                 __builtin_cpu_supports("bmi");
   return supported;
 }
+#define JAX_ROUTER_BEST(function) (has_avx2() ? avx2::function() : baseline::function())
+#else
+#define JAX_ROUTER_BEST(function) baseline::function()
 #endif
-
-RouteForwardKernel forward_kernel() {
-#ifdef JAX_ROUTER_HAS_AVX2
-  if (has_avx2()) return avx2::route_forward_kernel();
-#endif
-  return baseline::route_forward_kernel();
-}
-
-RouteBackwardKernel backward_kernel() {
-#ifdef JAX_ROUTER_HAS_AVX2
-  if (has_avx2()) return avx2::route_backward_kernel();
-#endif
-  return baseline::route_backward_kernel();
-}
-
-StatsKernel forward_stats_kernel() {
-#ifdef JAX_ROUTER_HAS_AVX2
-  if (has_avx2()) return avx2::stats_kernel();
-#endif
-  return baseline::stats_kernel();
-}
-
-ScoresKernel<ScoresForward> scores_kernel() {
-#ifdef JAX_ROUTER_HAS_AVX2
-  if (has_avx2()) return avx2::scores_kernel();
-#endif
-  return baseline::scores_kernel();
-}
-
-ScoresKernel<ScoresBackward> scores_backward_kernel() {
-#ifdef JAX_ROUTER_HAS_AVX2
-  if (has_avx2()) return avx2::scores_backward_kernel();
-#endif
-  return baseline::scores_backward_kernel();
-}
 
 template <typename Call>
 ffi::Future run_rows(ffi::ThreadPool& pool, const RowKernel<Call>& kernel, const Call& call,
@@ -86,7 +57,7 @@ ffi::Future route(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::RemainingArg
   ffi::Error error = decode_route_forward(options, has_bias, has_where, has_experts, logits,
                                           optional, *weights, *experts, *normalizer, &call);
   if (error.failure()) return finished(std::move(error));
-  return run_rows(pool, forward_kernel(), call, options);
+  return run_rows(pool, JAX_ROUTER_BEST(route_forward_kernel), call, options);
 }
 
 ffi::Future dense(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::RemainingArgs optional,
@@ -103,7 +74,7 @@ ffi::Future dense(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::RemainingArg
       decode_dense_forward(options, has_bias, has_where, has_experts, map_format, logits, optional,
                            *probs, *map, *weights, *experts, *normalizer, &call);
   if (error.failure()) return finished(std::move(error));
-  return run_rows(pool, forward_kernel(), call, options);
+  return run_rows(pool, JAX_ROUTER_BEST(route_forward_kernel), call, options);
 }
 
 // Of `route` and of `dense`.
@@ -119,7 +90,7 @@ ffi::Future route_backward(ffi::ThreadPool pool, ffi::AnyBuffer cotangent, ffi::
   ffi::Error error = decode_route_backward(options, kDenseCotangent, cotangent, weights, experts,
                                            normalizer, optional, *gradient, &call);
   if (error.failure()) return finished(std::move(error));
-  return run_rows(pool, backward_kernel(), call, options);
+  return run_rows(pool, JAX_ROUTER_BEST(route_backward_kernel), call, options);
 }
 
 // ---- stats ----
@@ -134,7 +105,7 @@ ffi::Future stats(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::RemainingArg
   ffi::Error error = decode_stats_forward(options, has_bias, has_where, has_experts, logits,
                                           optional, results, &call);
   if (error.failure()) return finished(std::move(error));
-  const StatsKernel kernel = forward_stats_kernel();
+  const StatsKernel kernel = JAX_ROUTER_BEST(stats_kernel);
   const int64_t blocks = call.stats.batches * blocks_of_batch(call.tokens_per_batch);
   const int64_t cost = tokens_of_block(call.tokens_per_batch) * (call.experts + 8 * options.k);
   return parallel_rows(
@@ -157,7 +128,7 @@ ffi::Future stats_backward(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::Any
   ffi::Error error = decode_stats_backward(options, has_weights, has_scores, has_z, logits, softmax,
                                            optional, *gradient, &call);
   if (error.failure()) return finished(std::move(error));
-  return run_rows(pool, backward_kernel(), call, options);
+  return run_rows(pool, JAX_ROUTER_BEST(route_backward_kernel), call, options);
 }
 
 XLA_FFI_DEFINE_HANDLER(kRoute, route, bind_route<ffi::ThreadPool>());
@@ -185,7 +156,7 @@ ffi::Future scores(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::RemainingAr
   ScoresForward call;
   ffi::Error error = decode_scores_forward(score, logits, optional, *scores, &call);
   if (error.failure()) return finished(std::move(error));
-  return run_scores(pool, scores_kernel(), call);
+  return run_scores(pool, JAX_ROUTER_BEST(scores_kernel), call);
 }
 
 ffi::Future scores_backward(ffi::ThreadPool pool, ffi::AnyBuffer cotangent, ffi::AnyBuffer logits,
@@ -194,11 +165,32 @@ ffi::Future scores_backward(ffi::ThreadPool pool, ffi::AnyBuffer cotangent, ffi:
   ScoresBackward call;
   ffi::Error error = decode_scores_backward(score, cotangent, logits, optional, *gradient, &call);
   if (error.failure()) return finished(std::move(error));
-  return run_scores(pool, scores_backward_kernel(), call);
+  return run_scores(pool, JAX_ROUTER_BEST(scores_backward_kernel), call);
 }
 
 XLA_FFI_DEFINE_HANDLER(kScores, scores, bind_scores<ffi::ThreadPool>());
 XLA_FFI_DEFINE_HANDLER(kScoresBackward, scores_backward, bind_scores_backward<ffi::ThreadPool>());
+
+// ---- balance ----
+
+ffi::Future quantile_histogram(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer cutoff,
+                               ffi::AnyBuffer bounds, ffi::RemainingArgs optional,
+                               ffi::Result<ffi::AnyBuffer> counts, int64_t score, bool has_where) {
+  QuantileHistogram call;
+  ffi::Error error =
+      decode_quantile_histogram(score, has_where, logits, cutoff, bounds, optional, *counts, &call);
+  if (error.failure()) return finished(std::move(error));
+  const QuantileHistogramKernel kernel = JAX_ROUTER_BEST(quantile_histogram_kernel);
+  kernel.prepare(call);
+  return parallel_rows(pool, kernel.tasks(call), kernel.task_cost(call),
+                       [kernel, call](int64_t begin, int64_t end) {
+                         const Scratch scratch(kernel.scratch_bytes(call));
+                         kernel.run(call, begin, end, scratch.data());
+                       });
+}
+
+XLA_FFI_DEFINE_HANDLER(kQuantileHistogram, quantile_histogram,
+                       bind_quantile_histogram<ffi::ThreadPool>());
 
 // ---- table ----
 
@@ -212,6 +204,7 @@ nb::dict handlers() {
   table["stats_backward"] = nb::capsule(reinterpret_cast<void*>(kStatsBackward));
   table["scores"] = nb::capsule(reinterpret_cast<void*>(kScores));
   table["scores_backward"] = nb::capsule(reinterpret_cast<void*>(kScoresBackward));
+  table["quantile_histogram"] = nb::capsule(reinterpret_cast<void*>(kQuantileHistogram));
   return table;
 }
 

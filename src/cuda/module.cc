@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <string>
 
+#include "balance.h"
+#include "balance_ffi.h"
 #include "ffi.h"
 #include "route.h"
 #include "route_ffi.h"
@@ -132,6 +134,20 @@ XLA_FFI_DEFINE_HANDLER(kScores, scores, bind_scores<Stream>(), {ffi::Traits::kCm
 XLA_FFI_DEFINE_HANDLER(kScoresBackward, scores_backward, bind_scores_backward<Stream>(),
                        {ffi::Traits::kCmdBufferCompatible});
 
+// ---- balance ----
+
+ffi::Error quantile_histogram(cudaStream_t stream, ffi::AnyBuffer logits, ffi::AnyBuffer cutoff,
+                              ffi::AnyBuffer bounds, ffi::RemainingArgs optional,
+                              ffi::Result<ffi::AnyBuffer> counts, int64_t score, bool has_where) {
+  QuantileHistogram call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_quantile_histogram(score, has_where, logits, cutoff, bounds,
+                                                       optional, *counts, &call));
+  return launch_result("quantile_histogram", launch_quantile_histogram(call, stream));
+}
+
+XLA_FFI_DEFINE_HANDLER(kQuantileHistogram, quantile_histogram, bind_quantile_histogram<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -144,6 +160,7 @@ nb::dict handlers() {
   table["stats_backward"] = nb::capsule(reinterpret_cast<void*>(kStatsBackward));
   table["scores"] = nb::capsule(reinterpret_cast<void*>(kScores));
   table["scores_backward"] = nb::capsule(reinterpret_cast<void*>(kScoresBackward));
+  table["quantile_histogram"] = nb::capsule(reinterpret_cast<void*>(kQuantileHistogram));
   return table;
 }
 
