@@ -200,13 +200,37 @@ def test_loss_over_a_mesh(mesh, kind, rng, tokens, experts, k, sharded):
   axis = token_axis(mesh) if sharded else None
   with jax.set_mesh(mesh):
     args = put(mesh, probs, axis, None), put(mesh, counts, None)
-    assert collectives(step, *args) <= {"all-reduce"}
+    assert collectives(step, *args) == ({"all-reduce"} if axis else set())
     loss, gradient = jax.jit(step)(*args)
   assert loss.sharding.is_fully_replicated
   for shard in loss.addressable_shards:
     np.testing.assert_allclose(shard.data, want[0], rtol=TOLERANCE, atol=TOLERANCE)
   np.testing.assert_allclose(gradient, want[1], rtol=TOLERANCE, atol=0)
-  assert gradient.sharding.is_equivalent_to(NamedSharding(mesh, P(axis, None)), 2)
+
+
+@ON_MESHES
+@KINDS
+def test_scores_and_loss_over_a_mesh(mesh, kind, rng):
+  """Logits sharded over tokens: two sums are reduced, nothing is gathered."""
+  logits = rng.normal(size=(128, EXPERTS)).astype(np.float32)
+
+  def loss(logits):
+    scores, routing_map = fused_score_for_moe_aux_loss(logits, K, "softmax")
+    counts = jnp.sum(routing_map, axis=0, dtype=jnp.int32)
+    return fused_moe_aux_loss(scores, counts, K, 0.01)
+
+  with jax.set_mesh(mesh):
+    sharded = put(mesh, logits, token_axis(mesh), None)
+    step = jax.value_and_grad(loss)
+    assert collectives(step, sharded) == ({"all-reduce"} if token_axis(mesh) else set())
+    got, gradient = jax.jit(step)(sharded)
+  scores = oracle.aux_scores(logits, "softmax")
+  counts = oracle.mark(oracle.best(scores, K), EXPERTS).sum(0)
+  want, slope = oracle.aux_loss(scores, counts, K, 0.01, 128, EXPERTS)
+  np.testing.assert_allclose(got, want, rtol=TOLERANCE)
+  want_gradient = oracle.aux_scores_gradient(logits, slope, "softmax")
+  np.testing.assert_allclose(gradient, want_gradient, rtol=1e-4, atol=1e-9)
+  assert gradient.sharding.is_equivalent_to(NamedSharding(mesh, P(token_axis(mesh), None)), 2)
 
 
 def test_loss_of_the_tokens_of_all_devices_in_shard_map(make_mesh, rng):
@@ -248,23 +272,23 @@ def test_shard_map(make_mesh, rng, form, check_vma):
 # ---- other transformations, and repeats ----
 
 
-@BY_FORM
-def test_checkpoint_and_second_derivatives(rng, form):
+def test_checkpoint_and_second_derivatives_of_scattered_probs(rng):
+  """Probs that come with indices are scattered outside the kernel."""
   logits = jnp.asarray(rng.normal(size=(6, EXPERTS)), jnp.float32)
   bias = jnp.asarray(rng.normal(size=EXPERTS), jnp.float32)
   direction = jnp.asarray(rng.normal(size=logits.shape), jnp.float32)
-  plain = make_function(form, implementation="reference")
-  function = make_function(form)
-  want = jax.jit(gradient_of(plain))(logits, bias)
-  np.testing.assert_allclose(
-    jax.jit(gradient_of(jax.checkpoint(function)))(logits, bias), want, rtol=1e-5, atol=1e-6
-  )
+  function, plain = make_function("indices"), make_function("map")
 
   def curvature(f):
     slope = gradient_of(f)
-    return jax.jit(jax.grad(lambda x: jnp.vdot(slope(x, bias), direction)))(logits)
+    return jax.grad(lambda x: jnp.vdot(slope(x, bias), direction))(logits)
 
-  np.testing.assert_allclose(curvature(function), curvature(plain), rtol=1e-4, atol=1e-5)
+  want = jax.jit(lambda: (gradient_of(plain)(logits, bias), curvature(plain)))()
+  saved = jax.checkpoint(function)
+  got = jax.jit(lambda: (gradient_of(saved)(logits, bias), curvature(function)))()
+  assert np.count_nonzero(want[1]) > 0
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @BY_FORM

@@ -210,3 +210,37 @@ def check_choice(implementation: str, logits, topk: int, rng, tolerance: float =
     assert gradient.dtype == logits.dtype
     check_close(gradient, choice_gradient(logits, want, cotangent, **given), tolerance)
   return want
+
+
+# ---- quantile balancing ----
+
+
+class Counts(NamedTuple):
+  """Histograms `[E, num_bins]` with every count as low and as high as a rounding may put it."""
+
+  low: np.ndarray
+  high: np.ndarray
+
+
+def quantile_counts(logits, bias, topk, bounds, num_bins, doubt: float = 1e-3) -> Counts:
+  """Counts of the required biases cutoff - score; a bin's edge is `doubt` bins wide."""
+  y = score(widen(logits), "sigmoid")
+  cutoff = -np.sort(-(y + widen(bias)), axis=-1)[:, topk]
+  lower, upper = widen(bounds)
+  position = (cutoff[:, None] - y - lower) * num_bins / (upper - lower)
+  counts = []
+  for shift in (-doubt, doubt):
+    bins = np.clip(np.floor(position + shift), 0, num_bins - 1).astype(np.int64)
+    histogram = np.zeros((y.shape[-1], num_bins), np.int64)
+    np.add.at(histogram, (np.broadcast_to(np.arange(y.shape[-1]), bins.shape), bins), 1)
+    counts.append(histogram)
+  return Counts(*counts)
+
+
+def check_counts(got, want: Counts):
+  """Counts that lie in their bins or, where a bin is in doubt, in the one beside it."""
+  got = np.asarray(got, np.int64)
+  np.testing.assert_array_equal(got.sum(-1), want.low.sum(-1))
+  running = got.cumsum(-1)
+  assert (running <= want.low.cumsum(-1)).all() and (running >= want.high.cumsum(-1)).all()
+  assert (want.low == want.high).mean() > 0.9, "the input leaves too much open"

@@ -279,8 +279,8 @@ def _count(
   if logits.ndim == 1:
     logits, cutoff = logits[None], cutoff[None]
   increment = jax_router.quantile_histogram(
-    jax.lax.stop_gradient(logits),
-    jax.lax.stop_gradient(cutoff),
+    logits,
+    cutoff,
     bounds=balancing.bounds,
     num_bins=balancing.histogram.shape[1],
     implementation=implementation,
