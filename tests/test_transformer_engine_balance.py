@@ -68,9 +68,9 @@ def test_histogram_and_routing(kernel, rng, form, k):
 
 
 @pytest.mark.parametrize("experts, k, bins", ((3, 1, 7), (7, 6, 1), (130, 1, 64), (33, 32, 4096)))
-def test_odd_sizes(implementation, rng, experts, k, bins):
+def test_odd_sizes(kernel, rng, experts, k, bins):
   logits, operands = make_case(rng, 65, experts, bins)
-  (probs, routing_map, histogram), _ = call(implementation, logits, k, **operands)
+  (probs, routing_map, histogram), _ = call(kernel, logits, k, **operands)
   options = {"score_function": "sigmoid", "expert_bias": operands["expert_bias"]}
   want = oracle.choose(logits, k, **options)
   oracle.check_close(probs, want.probs)
@@ -96,27 +96,27 @@ def test_golden_histogram(implementation):
   ]
 
 
-def test_tie_drops_the_highest_expert_and_ends_take_the_rest(implementation):
+def test_tie_drops_the_highest_expert_and_ends_take_the_rest(kernel):
   logits = np.array([[2, 2, 2, 0, 0, -8, -8, -8]], np.float32)
   (_, routing_map, histogram), _ = call(
-    implementation, logits, 2, expert_bias=np.zeros(8, np.float32),
+    kernel, logits, 2, expert_bias=np.zeros(8, np.float32),
     qb_histogram=np.zeros((8, 8), np.int32), qb_bounds=np.array([-0.05, 0.05], np.float32),
   )  # fmt: skip
   assert np.flatnonzero(routing_map[0]).tolist() == [0, 1]
   bins = [np.flatnonzero(row).tolist() for row in np.asarray(histogram)]
   assert bins == [[4], [4], [4], [7], [7], [7], [7], [7]]  # r = 0, then far above
   (_, _, histogram), _ = call(
-    implementation, logits, 2, expert_bias=np.full(8, -3, np.float32),
+    kernel, logits, 2, expert_bias=np.full(8, -3, np.float32),
     qb_histogram=np.zeros((8, 8), np.int32), qb_bounds=np.array([-0.05, 0.05], np.float32),
   )  # fmt: skip
   assert (np.asarray(histogram) == np.eye(8, dtype=int)[0]).all()  # far below
 
 
-def test_micro_batches_add_up_to_one_call(implementation, rng):
+def test_micro_batches_add_up_to_one_call(kernel, rng):
   logits, operands = make_case(rng, 320, 64, 100)
-  want = call(implementation, logits, 8, **operands)[0][2]
-  first = call(implementation, logits[:127], 8, **operands)[0][2]
-  got = call(implementation, logits[127:], 8, **operands | {"qb_histogram": first})[0][2]
+  want = call(kernel, logits, 8, **operands)[0][2]
+  first = call(kernel, logits[:127], 8, **operands)[0][2]
+  got = call(kernel, logits[127:], 8, **operands | {"qb_histogram": first})[0][2]
   assert_equal(got, want)
   assert not np.array_equal(first, want)
 
@@ -149,7 +149,11 @@ def test_vmap_over_every_operand(kernel, rng):
 
   def function(logits, *operands):
     return fused_topk_with_score_function(
-      logits, 4, score_function="sigmoid", implementation=kernel, **dict(zip(names, operands))
+      logits,
+      4,
+      score_function="sigmoid",
+      implementation=kernel,
+      **dict(zip(names, operands, strict=True)),
     )
 
   for axes in ((2, 0, 0, 0), (2, None, None, None), (None, 0, None, 0)):

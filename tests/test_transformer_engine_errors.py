@@ -1,4 +1,4 @@
-"""Bad arguments of TransformerEngine's functions are refused while tracing, by their names there."""
+"""Bad arguments of the TransformerEngine layer are refused while tracing, by its own names."""
 
 from __future__ import annotations
 

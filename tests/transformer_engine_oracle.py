@@ -222,8 +222,9 @@ class Counts(NamedTuple):
   high: np.ndarray
 
 
-def quantile_counts(logits, bias, topk, bounds, num_bins, doubt: float = 1e-3) -> Counts:
-  """Counts of the required biases cutoff - score; a bin's edge is `doubt` bins wide."""
+def quantile_counts(logits, bias, topk, bounds, num_bins) -> Counts:
+  """Counts of the required biases cutoff - score, with the doubt of float32 at the bins' edges."""
+  doubt = 1e-6 * num_bins
   y = score(widen(logits), "sigmoid")
   cutoff = -np.sort(-(y + widen(bias)), axis=-1)[:, topk]
   lower, upper = widen(bounds)
