@@ -113,8 +113,8 @@ def fused_topk_with_score_function(
   if _options.check_bool("compute_aux_scores", compute_aux_scores):
     if index_dtype is not None or balancing is not None:
       raise ValueError(
-        "compute_aux_scores=True gives a map of every token: it cannot be combined with "
-        "topk_indices_dtype, qb_histogram and qb_bounds"
+        "compute_aux_scores=True cannot be combined with topk_indices_dtype, qb_histogram or "
+        "qb_bounds"
       )
     return fused_score_for_moe_aux_loss(
       logits, topk, score, routing_map_format=map_format, implementation=implementation
