@@ -17,7 +17,7 @@ from jax_router.compat.transformer_engine import (
   fused_score_for_moe_aux_loss,
   fused_topk_with_score_function,
 )
-from transformer_engine_oracle import SCORES, check_close, make_logits, run
+from transformer_engine_oracle import SCORES, assert_same_bits, check_close, make_logits, run
 
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
 
@@ -110,11 +110,11 @@ def test_scores_and_map_in_every_form(kernel, tokens, experts, k, score):
   scores, routing_map = call(logits, k, score)
   packed = np.packbits(routing_map, axis=-1, bitorder="little")
   got = call(logits, k, score, routing_map_format="bitmap_u8")
-  topk_tests.assert_same_bits(got, (scores, packed))
+  assert_same_bits(got, (scores, packed))
   got = fused_topk_with_score_function(
     logits, k, True, 8, 4, 1.2, score, np.ones(experts, np.float32), True, implementation=kernel
   )
-  topk_tests.assert_same_bits(got, (scores, routing_map))
+  assert_same_bits(got, (scores, routing_map))
 
 
 @pytest.mark.parametrize("score", SCORES)

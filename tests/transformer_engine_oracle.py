@@ -195,6 +195,13 @@ def check_close(got, want, tolerance: float = 1e-5):
   np.testing.assert_allclose(np.asarray(got), want, rtol=tolerance, atol=tolerance)
 
 
+def assert_same_bits(got, want):
+  """Equal trees to the bit, signs of zeros and dtypes too."""
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    a, b = np.asarray(a), np.asarray(b)
+    assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
 def check_choice(implementation: str, logits, topk: int, rng, tolerance: float = 1e-5, **options):
   """Probs, map and the gradients of the sum and of a random cotangent against the oracle."""
   logits = np.asarray(logits)
