@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import transformer_engine_oracle as oracle
 from jax_router.compat.transformer_engine import fused_topk_with_score_function
-from programs import assert_equal, loop
+from programs import assert_equal, collectives, loop, put
 from transformer_engine_oracle import run
 
 FORMS = {
@@ -181,6 +181,26 @@ def test_histograms_of_shards_add_up(make_mesh, rng):
   want = jax.jit(lambda x: routed(x, qb_histogram=zeros)[2])(logits)
   assert_equal(jax.jit(mapped)(logits), want)
   assert np.asarray(want).sum() == 64 * 16
+
+
+def test_tokens_sharded_under_plain_jit(make_mesh, rng):
+  """Each device counts its tokens; the histograms are added, and nothing is gathered."""
+  mesh = make_mesh(AxisType.Auto)
+  logits, operands = make_case(rng, 64, 16, 100)
+  bounds = operands.pop("qb_bounds")
+
+  def function(logits, bias, histogram):
+    return fused_topk_with_score_function(
+      logits, 4, score_function="sigmoid", expert_bias=bias, qb_bounds=bounds,
+      qb_histogram=histogram,
+    )  # fmt: skip
+
+  args = logits, operands["expert_bias"], operands["qb_histogram"]
+  want = jax.jit(function)(*args)
+  with jax.set_mesh(mesh):
+    args = [put(mesh, x, *spec) for x, spec in zip(args, (("d", None), (), ()), strict=True)]
+    assert collectives(function, *args) == {"all-reduce"}
+    assert_equal(jax.jit(function)(*args), want)
 
 
 def test_repeats_have_the_same_bits(kernel, rng):

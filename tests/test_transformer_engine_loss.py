@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -302,3 +303,14 @@ def test_loss_of_any_leading_dimensions(rng):
   want = oracle.aux_loss(probs, counts, 2, 0.01, 24, 8)[0]
   for lead in ((4, 6), (2, 3, 4), (1, 24)):
     check_close(fused_moe_aux_loss(probs.reshape(*lead, 8), counts, 2, 0.01), want)
+
+
+def test_loss_of_a_symbolic_number_of_tokens(any_device, rng):
+  """An exported program divides by the number of tokens that it is called with."""
+  shape = jax.export.symbolic_shape("t, 8")
+  function = jax.jit(lambda p, n: fused_moe_aux_loss(p, n, 2, 0.01))
+  args = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((8,), jnp.int32)
+  exported = jax.export.export(function, platforms=[any_device])(*args)
+  for tokens in (5, 24):
+    probs, counts = rng.random(size=(tokens, 8)).astype(np.float32), make_counts(rng, 8)
+    check_close(exported.call(probs, counts), oracle.aux_loss(probs, counts, 2, 0.01, tokens, 8)[0])
