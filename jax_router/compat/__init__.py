@@ -1,0 +1,1 @@
+"""Other systems' names over the operations of `jax_router`; import the submodules."""
