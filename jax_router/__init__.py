@@ -13,5 +13,5 @@ from jax_router._options import Groups as Groups
 from jax_router._options import RouterStats as RouterStats
 from jax_router._options import Routing as Routing
 from jax_router._route import route as route
-from jax_router._stats import route_with_stats as route_with_stats
 from jax_router._scores import aux_scores as aux_scores
+from jax_router._stats import route_with_stats as route_with_stats

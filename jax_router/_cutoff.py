@@ -196,7 +196,7 @@ def _cutoff_forward(static: Static, index_dtype: np.dtype, logits, bias, where, 
 
 def _cutoff_backward(static: Static, index_dtype: np.dtype, residuals, cotangents):
   del index_dtype
-  return _operands.pull_back(_route._bind_backward, static, cotangents[0], residuals)
+  return _operands.pull_back(_route.bind_backward, static, cotangents[0], residuals)
 
 
 _route_with_cutoff.defvjp(_cutoff_forward, _cutoff_backward)

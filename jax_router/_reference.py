@@ -83,7 +83,7 @@ def scores(logits: jax.Array, score: str) -> jax.Array:
 
 def aux_scores(logits: jax.Array, where: jax.Array | None, *, score: str) -> jax.Array:
   """Normalized scores `[*B, T, E]` float32 of logits `[*B, T, E]`, 0 outside where `[*B, T]`."""
-  x = _float32(logits)
+  x = as_float32(logits)
   if where is not None:
     x = jnp.where(where[..., None], x, -_INFINITY)
   y = _exp_normalize(x)[0] if score == "softmax" else _normalize(_elementwise_score(x, score))[0]
