@@ -75,7 +75,7 @@ def everything(case, implementation: str, logits, score: str | None = None):
 
 
 def make_logits(case, tokens: int, dtype=np.float32) -> np.ndarray:
-  """Random logits; as scores ("none") positive ones, for a sum that cancels has no accurate share."""
+  """Random logits; given scores are positive, for a sum that cancels has no accurate share."""
   logits = shapes.make_logits("random", tokens, case.experts, dtype)
   return np.abs(logits) if case.biased else logits
 
