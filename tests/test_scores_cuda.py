@@ -33,7 +33,9 @@ def on_cuda(cuda_device):
 def scores_and_gradient(implementation: str, logits, score: str):
   function = functools.partial(jax_router.aux_scores, score=score, implementation=implementation)
   scores, pull_back = jax.vjp(function, logits)
-  return scores, pull_back(jnp.sin(logits.astype(jnp.float32)))[0]
+  # Behind a barrier, or XLA might take the sine of logits that it has not rounded yet.
+  cotangent = jnp.sin(jax.lax.optimization_barrier(logits).astype(jnp.float32))
+  return scores, pull_back(cotangent)[0]
 
 
 def run_grid(implementation: str, rows):
@@ -45,7 +47,7 @@ def check_like_cpu(got, want):
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     narrow = a.dtype != np.float32
     a, b = a.astype(np.float32), b.astype(np.float32)
-    np.testing.assert_allclose(a, b, rtol=2**-7 if narrow else 1e-5, atol=1e-7)
+    np.testing.assert_allclose(a, b, rtol=2**-7 if narrow else 1e-5, atol=1e-6)
 
 
 def check_same_bits(got, want):

@@ -60,7 +60,7 @@ __device__ __forceinline__ JointRow joint_row(const RouteBackward& call,
   float product = 0.0f;
   if (options.score == Score::kSoftmax) {
     if (row.exponential.near) {
-      each([&](float x, float s) { product = fmaf(row.exponential.near_term(x), s, product); });
+      each([&](float x, float s) { product = fmaf(row.exponential.near_number(x), s, product); });
     } else {
       each([&](float x, float s) { product = fmaf(row.exponential.term(x), s, product); });
     }
@@ -78,14 +78,19 @@ __device__ __forceinline__ JointRow joint_row(const RouteBackward& call,
   return row;
 }
 
+// The batch row of a token. A division of 64 bits takes a hundred instructions.
+__device__ __forceinline__ int64_t batch_of(const RouteBackward& call, int64_t token) {
+  return call.tokens == call.tokens_per_batch ? 0 : token / call.tokens_per_batch;
+}
+
 __device__ __forceinline__ float z_cotangent_of(const RouteBackward& call, int64_t token) {
-  return call.z_cotangent == nullptr ? 0.0f : call.z_cotangent[token / call.tokens_per_batch];
+  return call.z_cotangent == nullptr ? 0.0f : call.z_cotangent[batch_of(call, token)];
 }
 
 // The cotangents of the score sums that a token's experts have, null where there are none.
 __device__ __forceinline__ const float* score_cotangents(const RouteBackward& call, int64_t token) {
   if (call.score_cotangent == nullptr) return nullptr;
-  return call.score_cotangent + token / call.tokens_per_batch * call.experts;
+  return call.score_cotangent + batch_of(call, token) * call.experts;
 }
 
 }  // namespace jax_router

@@ -84,11 +84,16 @@ struct Exponential {
         near(fabsf(largest) < 16777216.0f),
         any(top > -kInfinity) {}
 
+  // For a near row; NaN stays NaN.
   __device__ __forceinline__ float near_term(float x) const {
-    return exp2_approximate(fmaf(larger(x, -kLargest), kLog2, -shift));
+    return exp2_approximate(fmaf(x, kLog2, -shift));
+  }
+  // The same, but NaN counts as -inf.
+  __device__ __forceinline__ float near_number(float x) const {
+    return near_term(larger(x, -kLargest));
   }
   __device__ __forceinline__ float term(float x) const {
-    return near ? near_term(x) : fast_term(x, largest);
+    return near ? near_number(x) : fast_term(x, largest);
   }
   // What a term must be multiplied by.
   __device__ __forceinline__ float scale() const {
@@ -192,18 +197,25 @@ struct GroupSums {
     const bool counted = real && exponential.any && token < call.tokens;
     const auto near_term = [&](float x) { return exponential.near_term(x); };
     const auto any_term = [&](float x) { return exponential.term(x); };
-    float total;
+    float total = 0.0f;
     if constexpr (kElementwise) {
       const auto score = [&](float x) { return fast_score(x, options.score); };
       const float divisor = sum_of_terms<kLanes>(row, score) + kEpsilon;
       if (counted) add_shares(row, score, divisor);
       total = sum_of_terms<kLanes>(row, any_term);
-    } else if (__all_sync(kAllLanes, exponential.near)) {
-      total = listed != nullptr ? listed->of_group<kLanes>() : sum_of_terms<kLanes>(row, near_term);
-      if (counted) add_shares(row, near_term, total);
     } else {
-      total = sum_of_terms<kLanes>(row, any_term);
-      if (counted) add_shares(row, any_term, total);
+      bool near = __all_sync(kAllLanes, exponential.near);
+      if (near) {
+        total =
+            listed != nullptr ? listed->of_group<kLanes>() : sum_of_terms<kLanes>(row, near_term);
+        near = __all_sync(kAllLanes, total == total);  // no NaN among the logits
+      }
+      if (near) {
+        if (counted) add_shares(row, near_term, total);
+      } else {
+        total = sum_of_terms<kLanes>(row, any_term);
+        if (counted) add_shares(row, any_term, total);
+      }
     }
     if (lane != 0 || token >= call.tokens) return;
     total *= exponential.scale();

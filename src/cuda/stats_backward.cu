@@ -104,7 +104,7 @@ __device__ __forceinline__ JointRow transform_row(const RouteBackward& call,
   } else if (options.score == Score::kSoftmax && joint.exponential.near) {
     const float offset = joint.offset * joint.factor;
     row.transform([&](float x, float s) {
-      return joint.exponential.near_term(x) * fmaf(s, joint.factor, offset);
+      return joint.exponential.near_number(x) * fmaf(s, joint.factor, offset);
     });
   } else {
     row.transform([&](float x, float s) { return joint.gradient(x, s); });
@@ -157,7 +157,7 @@ __device__ __forceinline__ void apply_group(const RouteBackward& call, const Rou
 }
 
 template <typename T, int kPasses>
-__global__ void __launch_bounds__(kMostWarps* kWarpSize, kPasses < 2 ? 6 : (kPasses < 8 ? 5 : 4))
+__global__ void __launch_bounds__(kMostWarps* kWarpSize, kPasses < 8 ? 5 : 4)
     route_stats_backward_kernel(const __grid_constant__ RouteBackward call,
                                 const __grid_constant__ RouteOptions options,
                                 const __grid_constant__ Tiling tiling) {
