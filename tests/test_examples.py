@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+import re
 import sys
 
 import jax
@@ -239,3 +240,17 @@ def test_equinox_bad_arguments(equinox_moe, capsys):
   with pytest.raises(SystemExit):
     equinox_moe.main(["--steps", "0"])
   assert "--steps must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_readme_example():
+  """The block of Python in the README runs, and its comments hold."""
+  text = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+  (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+  names = {}
+  exec(compile(block, "README.md", "exec"), names)
+  for name, dtype in (("weights", np.float32), ("chosen", np.int32)):
+    assert (names[name].shape, names[name].dtype) == ((512, 4), dtype)
+  np.testing.assert_array_equal(names["routing_map"].sum(axis=1), 4)
+  np.testing.assert_array_equal(names["probs"] > 0, names["routing_map"])
+  assert names["gradient"].shape == names["router"].shape
+  assert np.abs(names["gradient"]).max() > 0
