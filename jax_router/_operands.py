@@ -187,24 +187,14 @@ def _row_fits(platform: str, num_experts: int) -> bool:
   return platform == "cpu" or 4 * num_experts <= _CUDA_ROW_BYTES
 
 
-def _forward_bytes(num_experts: int, options: RouteOptions) -> int:
+def forward_runs_on(platform: str, avals, *, options: RouteOptions, **_: Any) -> bool:
+  """Whether the kernel of the platform takes a row of this size."""
+  num_experts = avals[0].shape[-1]
   keys = 4 * (num_experts + 127)
   pairs = 8 * 2 ** (options.k - 1).bit_length() + 8
   groups = 8 * (options.groups.count + 3) if options.groups else 0
   bitmap = 4 * (num_experts // 32 + 4)
-  return keys + pairs + groups + bitmap
-
-
-def forward_runs_on(platform: str, avals, *, options: RouteOptions, **_: Any) -> bool:
-  """Whether the kernel of the platform takes a row of this size."""
-  return platform == "cpu" or _forward_bytes(avals[0].shape[-1], options) <= _CUDA_ROW_BYTES
-
-
-def stats_runs_on(platform: str, avals, *, options: RouteOptions, **_: Any) -> bool:
-  """The same for `stats`, which keeps the sums of a row, too, and the counts of a block."""
-  num_experts = avals[0].shape[-1]
-  sums = 8 * (num_experts + 127)
-  return platform == "cpu" or _forward_bytes(num_experts, options) + sums <= _CUDA_ROW_BYTES
+  return platform == "cpu" or keys + pairs + groups + bitmap <= _CUDA_ROW_BYTES
 
 
 def backward_runs_on(platform: str, avals, **_: Any) -> bool:

@@ -206,7 +206,7 @@ _bind_forward = make_primitive(
     attributes=_attributes,
     reference=_forward_reference,
     tangents=_tangents,
-    runs_on=_operands.stats_runs_on,
+    runs_on=_operands.forward_runs_on,
   )
 )
 

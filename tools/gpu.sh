@@ -30,7 +30,7 @@ include=$("$python" -c 'import jax.ffi; print(jax.ffi.include_dir())')
   tail -40 "$out/build.log"
   exit 1
 }
-cp jax_router/*.py "$site/jax_router/"
+cp -r jax_router/*.py jax_router/compat "$site/jax_router/"
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" XLA_PYTHON_CLIENT_PREALLOCATE=false
 
 status=0
@@ -59,8 +59,9 @@ run_benchmarks() {
 run_sanitize() {
   for tool in memcheck racecheck; do
     PYTHONSAFEPATH=1 XLA_PYTHON_CLIENT_ALLOCATOR=platform XLA_FLAGS=--xla_gpu_enable_command_buffer= \
-      compute-sanitizer --tool "$tool" --kernel-name kns=route_ --report-api-errors no --error-exitcode 9 \
-      "$python" -m pytest -q -p no:benchmark tests/test_cuda.py -k test_grid >"$out/$tool.log" 2>&1 ||
+      compute-sanitizer --tool "$tool" --kernel-name kns=jax_router --report-api-errors no --error-exitcode 9 \
+      "$python" -m pytest -q -p no:benchmark tests/test_cuda.py tests/test_stats_cuda.py \
+      tests/test_scores_cuda.py -k test_grid >"$out/$tool.log" 2>&1 ||
       status=$?
     tail -5 "$out/$tool.log"
   done

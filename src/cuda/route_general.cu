@@ -268,18 +268,49 @@ __global__ void __launch_bounds__(kMostStatsWarps* kWarpSize, 1)
   block.write(call, sums.z, sums.tokens);
 }
 
+// The same by blocks of one warp, which add up in global memory.
+template <typename T, bool kElementwise>
+__global__ void __launch_bounds__(kWarpSize, 1)
+    route_general_long_stats_kernel(const __grid_constant__ RouteForward call,
+                                    const __grid_constant__ RouteOptions options,
+                                    const __grid_constant__ TokenBlocks blocks) {
+  extern __shared__ int4 shared[];
+  const KeysLayout layout(call, options);
+  const int experts = static_cast<int>(call.experts);
+  float* const scores = call.stats.block_sums + blockIdx.x * call.experts;
+  int32_t* const counts = call.stats.block_counts + blockIdx.x * call.experts;
+  for (int e = threadIdx.x; e < experts; e += kWarpSize) {
+    scores[e] = 0.0f;
+    counts[e] = 0;
+  }
+  __syncwarp();
+  const TokenRange range = block_range(call, blocks);
+  GroupSums<GlobalSums, kElementwise> sums{{scores, experts}};
+  KeysRow row(reinterpret_cast<char*>(shared), layout, experts, counts);
+  for (int i = 0; i < range.count; ++i) {
+    route_token<T>(call, options, range.first + i, layout, row, &sums);
+  }
+  BlockSums::write_tokens(call, sums.z, sums.tokens);
+}
+
 template <typename T>
 cudaError_t launch_stats(const RouteForward& call, const RouteOptions& options,
                          cudaStream_t stream) {
   const TokenBlocks blocks(call);
   const KeysLayout layout(call, options);
+  const int row_bytes = static_cast<int>(layout.bytes());
   const auto bytes = [&](int warps) {
     return BlockSums::score_bytes(warps, layout.padded) + BlockSums::count_bytes(call) +
-           warps * static_cast<int>(layout.bytes());
+           warps * row_bytes;
   };
+  const int room = device_limits().shared_bytes - 1024;
   int warps = kMostStatsWarps;
-  while (warps > 1 && bytes(warps) > device_limits().shared_bytes - 1024) warps /= 2;
+  while (warps > 0 && bytes(warps) > room) warps /= 2;
   return with_bool(options.score != Score::kSoftmax, [&](auto elementwise) {
+    if (warps == 0) {
+      return launch_blocks(route_general_long_stats_kernel<T, elementwise.value>,
+                           blocks.count(call), 1, row_bytes, stream, call, options, blocks);
+    }
     return launch_blocks(route_general_stats_kernel<T, elementwise.value>, blocks.count(call),
                          warps, bytes(warps), stream, call, options, blocks);
   });

@@ -66,7 +66,7 @@ __device__ __forceinline__ float accurate_exp(float x) {
 // A score where the last bits do not matter.
 __device__ __forceinline__ float fast_score(float x, Score score) {
   if (score != Score::kSigmoid) return elementwise_score(larger(x, -kInfinity), score);
-  const float bounded = larger(x, -128.0f);  // exp of less is 0
+  const float bounded = smaller(larger(x, -128.0f), 128.0f);  // exp of less than -128 is 0
   const float e = accurate_exp(-fabsf(bounded));
   return __fdividef(bounded < 0.0f ? e : 1.0f, 1.0f + e);
 }
@@ -116,6 +116,18 @@ struct SharedSums {
     const float4 sum = *at;
     *at = {fmaf(x[0], factor, sum.x), fmaf(x[1], factor, sum.y), fmaf(x[2], factor, sum.z),
            fmaf(x[3], factor, sum.w)};
+  }
+};
+// In global memory, for rows that leave no room for their sums.
+struct GlobalSums {
+  float* row;
+  int experts;
+
+  __device__ __forceinline__ void add(int, int position, const float (&x)[kChunk], float factor) {
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) {
+      if (position + c < experts) row[position + c] = fmaf(x[c], factor, row[position + c]);
+    }
   }
 };
 template <int kChunks>
@@ -245,9 +257,23 @@ struct BlockSums {
     clear_counts(experts);
   }
 
-  // Writes the sums of the block, by all threads, after the last token. Lanes that lead no group
-  // have z = 0 and no tokens.
+  // Writes the sums of the block, by all threads, after the last token.
   __device__ __forceinline__ void write(const RouteForward& call, float z, int tokens) const {
+    __syncthreads();
+    const int64_t begin = blockIdx.x * call.experts;
+    for (int e = threadIdx.x; e < call.experts; e += blockDim.x) {
+      float sum = 0.0f;
+#pragma unroll 16
+      for (int g = 0; g < groups; ++g) sum += scores[g * columns + e];
+      call.stats.block_sums[begin + e] = sum;
+      call.stats.block_counts[begin + e] = counts[e];
+    }
+    write_tokens(call, z, tokens);
+  }
+
+  // The same of the z sum and the tokens alone. Lanes that lead no group have z = 0 and no tokens.
+  __device__ __forceinline__ static void write_tokens(const RouteForward& call, float z,
+                                                      int tokens) {
     __shared__ float warp_z[kWarpSize];
     __shared__ int warp_tokens[kWarpSize];
     const int lane = threadIdx.x % kWarpSize;
@@ -260,14 +286,6 @@ struct BlockSums {
       warp_tokens[warp] = tokens;
     }
     __syncthreads();
-    const int64_t begin = blockIdx.x * call.experts;
-    for (int e = threadIdx.x; e < call.experts; e += blockDim.x) {
-      float sum = 0.0f;
-#pragma unroll 16
-      for (int g = 0; g < groups; ++g) sum += scores[g * columns + e];
-      call.stats.block_sums[begin + e] = sum;
-      call.stats.block_counts[begin + e] = counts[e];
-    }
     if (warp != 0) return;
     z = warp_sum(lane < warps ? warp_z[lane] : 0.0f);
     tokens = __reduce_add_sync(kAllLanes, lane < warps ? warp_tokens[lane] : 0);
