@@ -24,10 +24,7 @@ BALANCE_COEFFICIENT = 0.01
 
 
 class MoE(eqx.Module):
-  """A layer of experts, written for one token: `jax.vmap` it over the others.
-
-  Under `jax.vmap`, `jax_router.route` is still a single call that routes all tokens.
-  """
+  """A layer of experts, for all tokens at once: what balances them are sums over the tokens."""
 
   router: eqx.nn.Linear
   experts: eqx.nn.MLP  # All experts in one: each of its arrays has a leading axis of experts.
@@ -43,23 +40,18 @@ class MoE(eqx.Module):
     self.experts = eqx.filter_vmap(make_expert)(jax.random.split(experts_key, experts))
     self.k = k
 
-  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Output `[D]` of a token `[D]`, its logits `[E]`, and its experts `[k]`."""
-    logits = self.router(x)
-    weights, experts = jax_router.route(logits, self.k)
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax_router.RouterStats]:
+    """Output of tokens `[N, D]`, and how evenly the experts are used."""
+    logits = jax.vmap(self.router)(x)
+    (weights, experts), stats = jax_router.route_with_stats(logits, self.k)
     arrays, static = eqx.partition(self.experts, eqx.is_array)
-    # A copy of the chosen experts for every token: simple, and good for small layers only.
-    chosen = eqx.combine(jax.tree.map(lambda array: array[experts], arrays), static)
-    outputs = eqx.filter_vmap(lambda expert: expert(x))(chosen)
-    return weights @ outputs, logits, experts
 
+    def mix(x, weights, experts):
+      # A copy of the chosen experts for every token: simple, and good for small layers only.
+      chosen = eqx.combine(jax.tree.map(lambda array: array[experts], arrays), static)
+      return weights @ eqx.filter_vmap(lambda expert: expert(x))(chosen)
 
-def balance_loss(logits: jax.Array, experts: jax.Array) -> jax.Array:
-  """Load-balance loss of the Switch Transformer; 1 when all experts get as many tokens."""
-  (tokens, num_experts), k = logits.shape, experts.shape[1]
-  load = jnp.bincount(experts.reshape(-1), length=num_experts).astype(logits.dtype)
-  probabilities = jax.nn.softmax(logits).sum(axis=0)
-  return num_experts / (k * tokens**2) * jnp.vdot(load, probabilities)
+    return jax.vmap(mix)(x, weights, experts), stats
 
 
 def make_batch(key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -80,9 +72,9 @@ def train_step(model, state, optimizer, key):
 
   @eqx.filter_value_and_grad(has_aux=True)
   def objective(model):
-    y, logits, experts = jax.vmap(model)(x)
+    y, stats = model(x)
     error = jnp.mean((y - target) ** 2)
-    return error + BALANCE_COEFFICIENT * balance_loss(logits, experts), error
+    return error + jax_router.load_balance_loss(stats, model.k, BALANCE_COEFFICIENT), error
 
   (_, error), gradient = objective(model)
   updates, state = optimizer.update(gradient, state)

@@ -1,6 +1,6 @@
 """A byte-level Mixture-of-Experts transformer in Flax NNX; train_moe.py trains it.
 
-`MoE` shows all that `jax_router.route` needs around it. The rest is an ordinary transformer.
+`MoE` shows all that `jax_router` needs around it. The rest is an ordinary transformer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def expert_mlps(
 
   Args:
     x: `[N, D]` tokens.
-    weights, experts: `[N, k]`, from `jax_router.route`.
+    weights, experts: `[N, k]`, from `route`.
     up, down: `[E, D, F]` and `[E, F, D]`, the MLP of each expert.
   """
   (tokens, k), num_experts = experts.shape, up.shape[0]
@@ -51,20 +51,21 @@ def expert_mlps(
   return jnp.sum(outputs * weights[..., None], axis=1)
 
 
-def router_loss(logits: jax.Array, load: jax.Array, k: int) -> jax.Array:
-  """Load-balance loss (Switch Transformer) and z-loss (ST-MoE), each times its coefficient.
+def route(
+  logits: jax.Array, k: int, implementation: str | None
+) -> tuple[jax_router.Routing, jax.Array, jax.Array]:
+  """Weights and experts of tokens, the loss of the router, and the tokens of each expert `[E]`.
 
-  The balance loss is 1 when the load is even. Its gradient lowers the logits of busy experts.
+  The load-balance loss (Switch Transformer) is 1 when the load is even, and its gradient lowers the
+  logits of busy experts. The z-loss (ST-MoE) keeps logits small. Each is times its coefficient.
   """
-  tokens, num_experts = logits.shape
-  probabilities = jax.nn.softmax(logits).sum(axis=0)
-  balance = num_experts / (k * tokens**2) * jnp.vdot(load.astype(logits.dtype), probabilities)
-  z = jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2)
-  return BALANCE_COEFFICIENT * balance + Z_COEFFICIENT * z
+  routing, stats = jax_router.route_with_stats(logits, k, implementation=implementation)
+  balance = jax_router.load_balance_loss(stats, k, BALANCE_COEFFICIENT)
+  return routing, balance + jax_router.z_loss(stats, Z_COEFFICIENT), stats.expert_counts
 
 
 class MoE(nnx.Module):
-  """A layer of experts: a linear router, `jax_router.route`, and the experts' MLPs."""
+  """A layer of experts: a linear router, the choice of experts, and the experts' MLPs."""
 
   def __init__(self, width: int, experts: int, k: int, implementation: str | None, rngs: nnx.Rngs):
     init = nnx.initializers.lecun_normal(batch_axis=0)
@@ -76,11 +77,8 @@ class MoE(nnx.Module):
 
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Output of tokens `[N, D]`, loss of the router, and how many tokens each expert got `[E]`."""
-    logits = self.router(x)
-    weights, experts = jax_router.route(logits, self.k, implementation=self.implementation)
-    load = jnp.bincount(experts.reshape(-1), length=logits.shape[-1])
-    y = expert_mlps(x, weights, experts, self.up[...], self.down[...])
-    return y, router_loss(logits, load, self.k), load
+    (weights, experts), loss, load = route(self.router(x), self.k, self.implementation)
+    return expert_mlps(x, weights, experts, self.up[...], self.down[...]), loss, load
 
 
 def rotate(x: jax.Array) -> jax.Array:

@@ -3,8 +3,8 @@
   python examples/train_moe.py
 
 takes one to two minutes on two CPU cores, downloads nothing, and ends with train_moe.png: the loss
-curve and the load of every expert. Where JAX has a GPU, the model is larger. How `jax_router.route`
-fits into a model is in moe_transformer.py. With `--implementation reference` it is plain JAX that
+curve and the load of every expert. Where JAX has a GPU, the model is larger. How `jax_router` fits
+into a model is in moe_transformer.py. With `--implementation reference` it is plain JAX that
 routes: the same training but for rounding, whose differences grow over hundreds of steps.
 """
 
@@ -28,8 +28,8 @@ from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import jax_router
-from moe_transformer import HEAD_SIZE, LanguageModel
+from moe_transformer import HEAD_SIZE, LanguageModel, route
+from time_routing import RoutingTimes, time_routing
 
 LEARNING_RATE = 2e-3
 VALIDATION_BATCHES = 8
@@ -130,7 +130,7 @@ class Result(NamedTuple):
   unigram: float
   load: np.ndarray
   step_time: float
-  router_time: float
+  routing: RoutingTimes
 
 
 def validate(
@@ -144,7 +144,7 @@ def validate(
 
 
 def train(settings: Settings) -> Result:
-  """Trains a model, validating on the way, and times its routers at the end."""
+  """Trains a model, validating on the way, and times its routing at the end."""
   training_text, validation_text = read_text()
   length, batch_size, steps = settings.sequence_length, settings.batch_size, settings.steps
   if length >= len(validation_text):
@@ -170,6 +170,7 @@ def train(settings: Settings) -> Result:
       speed = f"{batch_size * length / times[-1]:,.0f}"
       progress.set_postfix({"bits/byte": f"{losses[-1]:.3f}", "tokens/s": speed})
       progress.update()
+  shape = (batch_size * length, settings.experts)
   return Result(
     losses=losses,
     validation=validation,
@@ -177,46 +178,21 @@ def train(settings: Settings) -> Result:
     load=load,
     # The first step compiles.
     step_time=statistics.median(times[1:] or times),
-    router_time=time_router(settings),
+    routing=time_routing(shape, settings.k, settings.layers, settings.implementation),
   )
-
-
-def time_router(settings: Settings, repeats: int = 20) -> float:
-  """Seconds that the layers of one training step spend in `route`, forward and backward.
-
-  The repeats run in one compiled loop, so that the time to start a computation does not count. Each
-  subtracts the gradient of the one before, so that none can be left out; the subtraction counts.
-  """
-  shape = (settings.batch_size * settings.sequence_length, settings.experts)
-  logits = jax.random.normal(jax.random.key(0), shape)
-  cotangent = jax.random.normal(jax.random.key(1), (shape[0], settings.k))
-
-  def weigh(logits):
-    return jax_router.route(logits, settings.k, implementation=settings.implementation).weights
-
-  def once(_, logits):
-    return logits - jax.vjp(weigh, logits)[1](cotangent)[0]
-
-  loop = jax.jit(lambda logits: jax.lax.fori_loop(0, repeats, once, logits))
-  times = []
-  for _ in range(10):
-    begin = time.perf_counter()
-    loop(logits).block_until_ready()
-    times.append((time.perf_counter() - begin) / repeats)
-  # The first run compiles.
-  return settings.layers * statistics.median(times[1:])
 
 
 def report(result: Result, settings: Settings) -> None:
   """Prints what a run measured."""
   speed = settings.batch_size * settings.sequence_length / result.step_time
-  router, step = 1e3 * result.router_time, 1e3 * result.step_time
+  routing, separate, step = (1e3 * seconds for seconds in (*result.routing, result.step_time))
   low, high, even = 100 * result.load.min(), 100 * result.load.max(), 100 / settings.experts
   print(
     f"validation loss: {result.validation[-1][1]:.3f} bits per byte "
     f"(unigram entropy {result.unigram:.3f})",
     f"speed: {speed:,.0f} tokens per second on {jax.default_backend()}",
-    f"router: {router:.3f} ms of {step:.1f} ms per step ({100 * router / step:.1f} %)",
+    f"routing: {routing:.3f} ms of {step:.1f} ms per step; "
+    f"as separate operations {separate:.3f} ms",
     f"expert load: {low:.2f} % to {high:.2f} % of a layer's tokens (even: {even:.2f} %)",
     f"plot: {settings.output}",
     sep="\n",
@@ -271,9 +247,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
   if settings.output.suffix != ".png" or not settings.output.absolute().parent.is_dir():
     parser.error(f"--output must be a .png in a folder that exists, got {settings.output}")
   try:
-    # `route` knows best which k and which implementation it can serve.
+    # `jax_router` knows best which k and which implementation it can serve.
     logits = jnp.zeros((1, settings.experts))
-    jax_router.route(logits, settings.k, implementation=settings.implementation)
+    route(logits, settings.k, settings.implementation)
   except (ValueError, NotImplementedError) as error:
     parser.error(str(error))
   return settings

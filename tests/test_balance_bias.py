@@ -170,7 +170,7 @@ def test_documentation_runs():
     assert results.attempted >= 4 and results.failed == 0
   path = pathlib.Path(__file__).parents[1] / "docs" / "balancing.md"
   blocks = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
-  assert len(blocks) == 2
+  assert len(blocks) == 4
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     for block in blocks:
       assert "assert " in block

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+import re
 import sys
 
 import jax
@@ -60,6 +61,11 @@ def moe_transformer():
 
 
 @pytest.fixture(scope="module")
+def time_routing():
+  return load_example("time_routing", "flax")
+
+
+@pytest.fixture(scope="module")
 def equinox_moe():
   return load_example("equinox_moe", "equinox", "optax")
 
@@ -83,8 +89,9 @@ def test_every_expert_gets_tokens(result):
   assert result.load.min() > 0
 
 
-def test_router_is_timed(result):
-  assert 0 < result.router_time < result.step_time
+def test_routing_is_timed(result):
+  assert 0 < result.routing.together < result.step_time
+  assert 0 < result.routing.separate < result.step_time
 
 
 def test_reference_trains_the_same_model(train_moe, result):
@@ -113,7 +120,7 @@ def test_main_reports_and_plots(train_moe, tmp_path, capsys):
   with optax_promotion():
     train_moe.main([*words, "--quiet"])
   lines = capsys.readouterr().out.splitlines()
-  starts = ["validation loss:", "speed:", "router:", "expert load:", f"plot: {output}"]
+  starts = ["validation loss:", "speed:", "routing:", "expert load:", f"plot: {output}"]
   assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
   from matplotlib.image import imread
 
@@ -184,13 +191,41 @@ def test_expert_mlps(moe_transformer, load):
 def test_router_loss(moe_transformer):
   """An even load costs 1 times its coefficient, a load on one expert E times."""
   tokens, num_experts = 16, 4
-  even = moe_transformer.router_loss(jnp.zeros((tokens, num_experts)), jnp.full(4, 8), 2)
-  z = moe_transformer.Z_COEFFICIENT * np.log(num_experts) ** 2
+  logits = jnp.zeros((tokens, num_experts)).at[jnp.arange(tokens), jnp.arange(tokens) % 4].set(30)
+  _, even, load = moe_transformer.route(logits, 1, None)
+  z = moe_transformer.Z_COEFFICIENT * 30**2
   assert even == pytest.approx(moe_transformer.BALANCE_COEFFICIENT + z)
+  assert load.tolist() == [4, 4, 4, 4]
   logits = jnp.zeros((tokens, num_experts)).at[:, 2].set(100)
-  uneven = moe_transformer.router_loss(logits, jnp.array([0, 0, tokens, 0]), 1)
+  _, uneven, load = moe_transformer.route(logits, 1, None)
   z = moe_transformer.Z_COEFFICIENT * 100**2
   assert uneven == pytest.approx(num_experts * moe_transformer.BALANCE_COEFFICIENT + z)
+  assert load.tolist() == [0, 0, tokens, 0]
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_separate_operations_compute_the_same(time_routing, k):
+  """What is timed for comparison: the same choice, load, losses and gradient."""
+  keys = jax.random.split(jax.random.key(k), 2)
+  logits = 2 * jax.random.normal(keys[0], (203, 16))
+  cotangent = jax.random.normal(keys[1], (203, k))
+
+  def compute(route):
+    def objective(logits):
+      routing, loss, load = route(logits, k, None)
+      return jnp.vdot(routing.weights, cotangent) + 100 * loss, (routing, loss, load)
+
+    return jax.jit(jax.grad(objective, has_aux=True))(logits)
+
+  gradient, (routing, loss, load) = compute(time_routing.route)
+  expected, (routing_expected, loss_expected, load_expected) = compute(
+    time_routing.route_separately
+  )
+  np.testing.assert_array_equal(routing.experts, routing_expected.experts)
+  np.testing.assert_array_equal(routing.weights, routing_expected.weights)
+  np.testing.assert_array_equal(load, load_expected)
+  np.testing.assert_allclose(loss, loss_expected, rtol=2e-6)
+  np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=2e-7)
 
 
 def test_equinox_learns(equinox_moe, capsys):
@@ -205,3 +240,17 @@ def test_equinox_bad_arguments(equinox_moe, capsys):
   with pytest.raises(SystemExit):
     equinox_moe.main(["--steps", "0"])
   assert "--steps must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_readme_example():
+  """The block of Python in the README runs, and its comments hold."""
+  text = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+  (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+  names = {}
+  exec(compile(block, "README.md", "exec"), names)
+  for name, dtype in (("weights", np.float32), ("chosen", np.int32)):
+    assert (names[name].shape, names[name].dtype) == ((512, 4), dtype)
+  np.testing.assert_array_equal(names["routing_map"].sum(axis=1), 4)
+  np.testing.assert_array_equal(names["probs"] > 0, names["routing_map"])
+  assert names["gradient"].shape == names["router"].shape
+  assert np.abs(names["gradient"]).max() > 0
