@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import pathlib
 import sys
 
@@ -97,7 +98,9 @@ def compare_step(
 
 def run_cpu(output: pathlib.Path | None, samples: int) -> timing.Report:
   """All comparisons of the CPU."""
-  report = timing.Report(f"stats_{jax.default_backend()}", output)
+  # Others at work on the machine would show here.
+  load = round(os.getloadavg()[0], 1)
+  report = timing.Report(f"stats_{jax.default_backend()}", output, load_average=load)
   stats_cases.memory_table(report, compare_steps(report, samples))
   report.save()
   return report
