@@ -136,7 +136,8 @@ def compile_ours(case: Case) -> Programs:
 def compile_reference(case: Case) -> Any:
   """Compiles what the step is checked against."""
   x, cotangent, bias = stats_cases.arguments(case)
-  return compiled(stats_cases.reference_step(case), x, cotangent, bias, experts_of(case))
+  experts = jax.ShapeDtypeStruct(cotangent.shape, "int32")
+  return compiled(stats_cases.reference_step(case), x, cotangent, bias, experts)
 
 
 def compile_xla(case: Case, counts: str) -> Steps:
@@ -161,11 +162,6 @@ def compile_scores(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
   forward = {name: compiled(function, x) for name, function in functions.items()}
   backward = {name: compiled(gradient_of(f), x, cotangent) for name, f in functions.items()}
   return forward, backward
-
-
-def experts_of(case: Case) -> jax.ShapeDtypeStruct:
-  """Shape of a choice."""
-  return jax.ShapeDtypeStruct((case.tokens, case.k), "int32")
 
 
 # ---- the benchmark ----
