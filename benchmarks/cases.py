@@ -103,6 +103,16 @@ class Case:
     logits = self._row_bytes if self.option == "over all" else 0
     return self._row_bytes + logits + (8 + cotangent) * self._slots + 4 * self.tokens
 
+  @property
+  def stats_forward_bytes(self) -> int:
+    """Of the forward; the softmax of every token; counts, sums, z sum and number of tokens."""
+    return self.forward_bytes + 8 * self.tokens + 8 * self.experts + 8
+
+  @property
+  def joint_backward_bytes(self) -> int:
+    """Logits and gradient; weights, experts and cotangents; normalizer and softmax."""
+    return 2 * self._row_bytes + 12 * self._slots + 12 * self.tokens
+
   def function(self, x: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """The differentiable result, and the choice."""
     if self.implementation == "xla":

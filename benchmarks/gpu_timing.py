@@ -28,10 +28,11 @@ Value = TypeVar("Value")
 
 
 class Timing(NamedTuple):
-  """Median time of a call; the names of its kernels in order, none if taken by wall clock."""
+  """Median time of a call; names and times of its kernels in order, none if by wall clock."""
 
   us: float
   kernels: tuple[str, ...]
+  kernel_us: tuple[float, ...] = ()
 
 
 class Queue(NamedTuple):
@@ -103,6 +104,11 @@ class Clock:
       raise RuntimeError(f"{len(runs)} markers were recorded for {len(queues)} queues")
     return [_per_call(run, self._samples) for run in runs]
 
+  def wall_us(self, queue: Queue) -> float:
+    """Wall time of a call among many that are queued, what the host takes included."""
+    jax.block_until_ready(queue.run(len(queue.inputs)))
+    return self._wall(queue).us
+
   def summary(self) -> str:
     """What the profiling itself cost."""
     return f"{self._sessions} profiling sessions took {self._session_s:.0f} s"
@@ -140,7 +146,9 @@ def _per_call(records: Sequence[tuple[str, float]], calls: int) -> Timing:
   names = {tuple(name for name, _ in run) for run in runs}
   if not count or len(records) % calls or len(names) != 1:
     raise RuntimeError(f"{len(records)} kernels in {calls} calls, not the same in each call")
-  return Timing(statistics.median(sum(ms for _, ms in run) for run in runs) * 1e3, names.pop())
+  total = statistics.median(sum(ms for _, ms in run) for run in runs)
+  each = (statistics.median(run[i][1] for run in runs) * 1e3 for i in range(count))
+  return Timing(total * 1e3, names.pop(), tuple(each))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ run_tests() {
 }
 
 run_benchmarks() {
-  for benchmark in route; do
+  for benchmark in route stats; do
     "$python" "benchmarks/$benchmark.py" --output "$out" >"$out/$benchmark.log" 2>&1 || {
       status=$?
       tail -20 "$out/$benchmark.log"
