@@ -107,7 +107,8 @@ ffi::Future stats(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::RemainingArg
   if (error.failure()) return finished(std::move(error));
   const StatsKernel kernel = JAX_ROUTER_BEST(stats_kernel);
   const int64_t blocks = call.stats.batches * blocks_of_batch(call.tokens_per_batch);
-  const int64_t cost = tokens_of_block(call.tokens_per_batch) * (call.experts + 8 * options.k);
+  const int64_t cost =
+      tokens_of_block(call.tokens_per_batch) * (4 * call.experts + 8 * options.k + 64);
   return parallel_rows(
       pool, blocks, cost,
       [kernel, call, options](int64_t begin, int64_t end) {

@@ -17,35 +17,38 @@ namespace {
 
 struct Row {
   int64_t padded;
+  int64_t scored;  // experts, rounded up for logits and scores
   int64_t padded_k;
   int32_t* keys;  // selection keys, padded with kNoKey
   float* logits;  // where scores are needed: float32, NaN has become -inf, padded with -inf
   float* scores;  // where they are needed
-  float total;    // of the softmax terms, where the row has softmax scores; 0 if all are -inf
+  float largest;  // of `stats` alone: logit, at most the largest float
+  float total;    // of the softmax terms, where the row has these; 0 if all logits are -inf
   float* group_scores;
   bool* group_kept;
   float* slot;           // logits of the chosen, then their weights
   int32_t* slot_expert;  // E where the slot is invalid
   bool* slot_active;     // whether the slot's key lies above -inf
   float* sums;           // of `dense` alone: [experts], zero between rows
-  float* terms;          // of `stats` alone: softmax terms, where the scores are others
+  float* terms;          // of `stats` alone: softmax terms
   Selection selection;
 };
 
 Row take_row(Arena& arena, const RouteForward& call, const RouteOptions& options) {
   Row row;
   row.padded = round_up(call.experts, kRowMultiple);
+  row.scored = round_up(call.experts, kScoreMultiple);
   row.padded_k = round_up(options.k, 8);
   row.keys = arena.take<int32_t>(row.padded);
-  row.logits = arena.take<float>(row.padded);
-  row.scores = arena.take<float>(row.padded);
+  row.logits = arena.take<float>(row.scored);
+  row.scores = arena.take<float>(row.scored);
   row.group_scores = arena.take<float>(options.group_count);
   row.group_kept = arena.take<bool>(options.group_count);
   row.slot = arena.take<float>(row.padded_k);
   row.slot_expert = arena.take<int32_t>(row.padded_k);
   row.slot_active = arena.take<bool>(row.padded_k);
   row.sums = arena.take<float>(is_dense(call) ? call.experts : 0);
-  row.terms = arena.take<float>(has_stats(call) ? row.padded : 0);
+  row.terms = arena.take<float>(has_stats(call) ? row.scored : 0);
   row.selection.keys = arena.take<int32_t>(row.padded);
   row.selection.ids = arena.take<int32_t>(row.padded);
   row.selection.survivor_keys = arena.take<int32_t>(row.padded);
@@ -61,7 +64,8 @@ constexpr int32_t kNanKey = kLowestKey - 1;
 
 // Whether keys or weights need the score of every expert, not only of the chosen.
 bool needs_scores(const RouteForward& call, const RouteOptions& options) {
-  if (options.dense_gradient() || has_stats(call)) return true;
+  if (options.dense_gradient()) return true;
+  if (has_stats(call) && options.score != Score::kSoftmax) return true;
   if (call.given != nullptr) return false;
   if (call.bias != nullptr) return true;
   const bool summed = options.group_count > 0 && options.group_terms() > 1;
@@ -74,7 +78,7 @@ template <typename T>
 void load_row(const RouteForward& call, const RouteOptions& options, const T* __restrict logits,
               Row& row) {
   const bool scored = needs_scores(call, options);
-  if (call.given != nullptr && !scored) return;
+  if (call.given != nullptr && !scored && !has_stats(call)) return;
   const bool final_keys = call.bias == nullptr && options.group_count == 0;
   const int32_t nan_key = final_keys ? kLowestKey : kNanKey;
   int32_t* __restrict keys = row.keys;
@@ -83,11 +87,22 @@ void load_row(const RouteForward& call, const RouteOptions& options, const T* __
     keys[e] = (bits & 0x7fffffff) > 0x7f800000 ? nan_key : flip_order(bits);
   }
   for (int64_t e = call.experts; e < row.padded; ++e) keys[e] = kNoKey;
-  if (!scored) return;
-  for (int64_t e = 0; e < row.padded; ++e) {
+  if (!scored && !has_stats(call)) return;
+  for (int64_t e = 0; e < row.scored; ++e) {
     row.logits[e] = float_from_key(keys[e] < kLowestKey ? kLowestKey : keys[e]);
   }
-  row.total = score_row(row.logits, row.padded, options.score, row.scores);
+  if (has_stats(call)) {
+    row.largest = largest_of(row.logits, row.scored);
+    row.total = softmax_terms(row.logits, row.scored, row.largest, row.terms);
+  }
+  if (!scored) return;
+  if (has_stats(call) && options.score == Score::kSoftmax) {
+    const float total = row.total > 0.0f ? row.total : 1.0f;
+    for (int64_t e = 0; e < row.scored; ++e) row.scores[e] = row.terms[e] / total;
+  } else {
+    const float total = score_row(row.logits, row.scored, options.score, row.scores);
+    if (options.score == Score::kSoftmax) row.total = total;
+  }
 }
 
 // ---- groups ----
@@ -284,13 +299,14 @@ void add_statistics(const RouteForward& call, const RouteOptions& options, int64
   for (int64_t i = 0; i < options.k; ++i) {
     if (row.slot_expert[i] < call.experts) ++sums.counts[row.slot_expert[i]];
   }
-  float total = row.total;
-  if (options.score != Score::kSoftmax) {
-    const float largest = largest_of(row.logits, row.padded);
-    total = softmax_terms(row.logits, row.padded, largest, row.terms);
+  call.stats.softmax[token] = add_token(row.largest, row.total, sums);
+  if (!(row.total > 0.0f)) return;
+  if (options.score == Score::kSoftmax) {
+    add_probabilities(row.terms, 1.0f / row.total, call.experts, sums.scores);
+  } else {
+    const float total = sum_row(row.scores, row.scored) + kEpsilon;
+    add_shares(row.scores, total, call.experts, sums.scores);
   }
-  call.stats.softmax[token] =
-      add_token(row.logits, row.scores, total, row.padded, call.experts, options.score, sums);
 }
 
 // `sums`: of the token's block, where there are statistics.

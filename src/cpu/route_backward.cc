@@ -35,16 +35,17 @@ struct Slots {
   float* p;         // [k]
   int64_t count;
   // Of `stats` alone: padded rows.
-  float* softmax;
+  float* terms;
   float* scores;
-  float* products;
+  float* cotangent;  // of the score sums of `batch`, padded with 0
+  int64_t batch;
 };
 
 bool has_stats(const RouteBackward& call) { return call.softmax != nullptr; }
 
 Slots take_slots(Arena& arena, const RouteBackward& call, int64_t k) {
   const int64_t experts = call.experts;
-  const int64_t padded = round_up(experts, kRowMultiple);
+  const int64_t padded = round_up(experts, kScoreMultiple);
   Slots slots;
   slots.sums = arena.take<float>(experts);
   slots.logits = arena.take<float>(padded);
@@ -53,9 +54,10 @@ Slots take_slots(Arena& arena, const RouteBackward& call, int64_t k) {
   slots.p = arena.take<float>(k);
   slots.count = 0;
   const int64_t stats_row = has_stats(call) ? padded : 0;
-  slots.softmax = arena.take<float>(stats_row);
+  slots.terms = arena.take<float>(stats_row);
   slots.scores = arena.take<float>(stats_row);
-  slots.products = arena.take<float>(stats_row);
+  slots.cotangent = arena.take<float>(stats_row);
+  slots.batch = -1;
   return slots;
 }
 
@@ -125,7 +127,7 @@ void write_sparse(const Slots& slots, int64_t experts, T* gradient) {
 template <typename T>
 void load_logits(const T* __restrict logits, int64_t experts, float* __restrict x) {
   for (int64_t e = 0; e < experts; ++e) x[e] = float_from_key(key_from_bits(load_bits(logits, e)));
-  for (int64_t e = experts; e < round_up(experts, kRowMultiple); ++e) x[e] = -kInfinity;
+  for (int64_t e = experts; e < round_up(experts, kScoreMultiple); ++e) x[e] = -kInfinity;
 }
 
 // The forward's softmax again: the largest logit is exact, the sum of the terms was saved.
@@ -133,7 +135,7 @@ template <typename T>
 void write_dense(Slots& slots, float mean, float total, int64_t experts, const T* __restrict logits,
                  T* __restrict gradient) {
   for (int64_t i = 0; i < slots.count; ++i) slots.sums[slots.expert[i]] += slots.value[i];
-  const int64_t padded = round_up(experts, kRowMultiple);
+  const int64_t padded = round_up(experts, kScoreMultiple);
   float* __restrict x = slots.logits;
   load_logits(logits, experts, x);
   const float largest = largest_of(x, padded);
@@ -143,80 +145,114 @@ void write_dense(Slots& slots, float mean, float total, int64_t experts, const T
   }
 }
 
-// Sum of two rows multiplied; the second is padded with zeros.
-float dot(const float* __restrict a, const float* __restrict b, int64_t experts, int64_t padded,
-          float* __restrict products) {
-  for (int64_t e = 0; e < experts; ++e) products[e] = a[e] * b[e];
-  for (int64_t e = experts; e < padded; ++e) products[e] = 0.0f;
-  return sum_row(products, padded);
-}
-
-// Adds the gradient of the score sums to a row, where the scores are not softmax.
-void add_score_gradient(const Slots& slots, const float* __restrict cotangent, Score score,
-                        int64_t experts, int64_t padded, float* __restrict gradient) {
-  float* __restrict y = slots.scores;
-  score_row(slots.logits, padded, score, y);
-  const float divisor = sum_row(y, padded) + kEpsilon;
-  const float mean = dot(cotangent, y, experts, padded, slots.products) / divisor;
-  for (int64_t e = 0; e < experts; ++e) {
-    const float slope = slots.logits[e] > -kInfinity ? score_gradient(y[e], score) : 0.0f;
-    gradient[e] += (cotangent[e] - mean) / divisor * slope;
+// Sum of two padded rows multiplied, in the order of sum_row.
+float dot(const float* __restrict a, const float* __restrict b, int64_t padded) {
+  alignas(64) float sums[kPartialSums] = {};
+  for (int64_t i = 0; i < padded; i += kScoreMultiple) {
+    float* __restrict part = sums + i % kPartialSums;
+    for (int64_t j = 0; j < kScoreMultiple; ++j) part[j] += a[i + j] * b[i + j];
   }
+  return sum_pairwise(sums);
 }
 
-// Adds softmax(x) (s + offset) to a row, each term of the softmax times what multiplies it.
-void add_softmax_gradient(const RouteBackward& call, const RouteOptions& options, int64_t token,
-                          float mean, const Slots& slots, const float* __restrict cotangent,
-                          float* __restrict gradient) {
+// The cotangents of the score sums of a token's batch row.
+void load_cotangent(const RouteBackward& call, int64_t token, Slots& slots) {
+  const int64_t batch = token / call.tokens_per_batch;
+  if (batch == slots.batch) return;
+  slots.batch = batch;
+  const int64_t padded = round_up(call.experts, kScoreMultiple);
+  std::memset(slots.cotangent, 0, static_cast<size_t>(padded) * sizeof(float));
+  if (call.score_cotangent == nullptr) return;
+  std::memcpy(slots.cotangent, call.score_cotangent + batch * call.experts,
+              static_cast<size_t>(call.experts) * sizeof(float));
+}
+
+// The gradient of the statistics of one row: what all its elements have in common.
+struct RowGradient {
+  float scale;   // makes probabilities of the softmax terms
+  float offset;  // of the terms, besides the cotangents of their scores; times `scale`
+  float mean;    // of the cotangents of scores that are not softmax
+  float total;   // of these scores; its inverse might be a denormal
+};
+
+inline float softmax_gradient(const RowGradient& row, float term, float cotangent) {
+  return term * (cotangent * row.scale + row.offset);
+}
+
+inline float elementwise_gradient(const RowGradient& row, float x, float y, float term,
+                                  float cotangent, Score score) {
+  const float slope = x > -kInfinity ? score_gradient(y, score) : 0.0f;
+  return (cotangent - row.mean) / row.total * slope + term * row.offset;
+}
+
+// Loads a row of logits, its softmax terms and its scores.
+template <typename T>
+RowGradient prepare_row(const RouteBackward& call, const RouteOptions& options, int64_t token,
+                        float mean, Slots& slots) {
   const SavedSoftmax saved = call.softmax[token];
-  const int64_t experts = call.experts;
-  const int64_t padded = round_up(experts, kRowMultiple);
-  float* __restrict y = slots.softmax;
+  const int64_t padded = round_up(call.experts, kScoreMultiple);
+  load_logits(static_cast<const T*>(call.logits) + token * call.experts, call.experts,
+              slots.logits);
+  load_cotangent(call, token, slots);
   for (int64_t e = 0; e < padded; ++e) {
-    y[e] = softmax_term(slots.logits[e], saved.largest) / saved.total;
+    slots.terms[e] = softmax_term(slots.logits[e], saved.largest);
   }
-  float offset = options.dense_gradient() ? -mean : 0.0f;
+  RowGradient row{1.0f / saved.total, options.dense_gradient() ? -mean : 0.0f, 0.0f, 0.0f};
   if (call.z_cotangent != nullptr) {
     const float logsumexp = saved.largest + std::log(saved.total);
-    offset += 2.0f * call.z_cotangent[token / call.tokens_per_batch] * logsumexp;
+    row.offset += 2.0f * call.z_cotangent[slots.batch] * logsumexp;
   }
-  if (cotangent != nullptr) {
-    offset -= dot(cotangent, y, experts, padded, slots.products);
-    for (int64_t e = 0; e < experts; ++e) gradient[e] += y[e] * (cotangent[e] + offset);
+  if (options.score == Score::kSoftmax) {
+    row.offset -= dot(slots.cotangent, slots.terms, padded) * row.scale;
   } else {
-    for (int64_t e = 0; e < experts; ++e) gradient[e] += y[e] * offset;
+    score_row(slots.logits, padded, options.score, slots.scores);
+    row.total = sum_row(slots.scores, padded) + kEpsilon;
+    row.mean = dot(slots.cotangent, slots.scores, padded) / row.total;
   }
-  if (!options.dense_gradient()) return;
-  for (int64_t i = 0; i < slots.count; ++i) {
-    gradient[slots.expert[i]] += y[slots.expert[i]] * slots.value[i];
+  row.offset *= row.scale;
+  return row;
+}
+
+template <typename T>
+void write_statistics(const RowGradient& row, const Slots& slots, Score score, int64_t experts,
+                      T* __restrict gradient) {
+  const float* __restrict terms = slots.terms;
+  const float* __restrict cotangent = slots.cotangent;
+  if (score == Score::kSoftmax) {
+    for (int64_t e = 0; e < experts; ++e) {
+      store_value(gradient, e, softmax_gradient(row, terms[e], cotangent[e]));
+    }
+    return;
+  }
+  const float* __restrict x = slots.logits;
+  const float* __restrict y = slots.scores;
+  for (int64_t e = 0; e < experts; ++e) {
+    store_value(gradient, e, elementwise_gradient(row, x[e], y[e], terms[e], cotangent[e], score));
   }
 }
 
 // The gradient of weights and statistics together.
 template <typename T>
 void write_joint(const RouteBackward& call, const RouteOptions& options, int64_t token, float mean,
-                 Slots& slots, T* out) {
-  const int64_t experts = call.experts;
-  float* gradient = slots.sums;
-  if (!options.dense_gradient()) {
-    for (int64_t i = 0; i < slots.count; ++i) gradient[slots.expert[i]] += slots.value[i];
+                 Slots& slots, T* gradient) {
+  if (!(call.softmax[token].total > 0.0f)) {
+    write_sparse(slots, call.experts, gradient);
+    return;
   }
-  if (call.softmax[token].total > 0.0f) {
-    load_logits(static_cast<const T*>(call.logits) + token * experts, experts, slots.logits);
-    const float* cotangent = call.score_cotangent;
-    if (cotangent != nullptr) cotangent += token / call.tokens_per_batch * experts;
-    const bool elementwise = options.score != Score::kSoftmax;
-    if (elementwise && cotangent != nullptr) {
-      const int64_t padded = round_up(experts, kRowMultiple);
-      add_score_gradient(slots, cotangent, options.score, experts, padded, gradient);
-    }
-    if (!elementwise || call.z_cotangent != nullptr) {
-      add_softmax_gradient(call, options, token, mean, slots, elementwise ? nullptr : cotangent,
-                           gradient);
-    }
+  const RowGradient row = prepare_row<T>(call, options, token, mean, slots);
+  write_statistics(row, slots, options.score, call.experts, gradient);
+  for (int64_t i = 0; i < slots.count; ++i) slots.sums[slots.expert[i]] += slots.value[i];
+  for (int64_t i = 0; i < slots.count; ++i) {
+    const int64_t e = slots.expert[i];
+    const float cotangent = slots.cotangent[e];
+    const float of_statistics =
+        options.score == Score::kSoftmax
+            ? softmax_gradient(row, slots.terms[e], cotangent)
+            : elementwise_gradient(row, slots.logits[e], slots.scores[e], slots.terms[e], cotangent,
+                                   options.score);
+    const float own = options.dense_gradient() ? slots.terms[e] * row.scale : 1.0f;
+    store_value(gradient, e, slots.sums[e] * own + of_statistics);
   }
-  for (int64_t e = 0; e < experts; ++e) store_value(out, e, gradient[e]);
-  std::memset(gradient, 0, static_cast<size_t>(experts) * sizeof(float));
 }
 
 template <typename T>
@@ -228,9 +264,7 @@ void backward_row(const RouteBackward& call, const RouteOptions& options, int64_
   if (has_stats(call)) {
     if (!options.dense_gradient()) slot_gradients(options, normalizer, mean, slots);
     write_joint(call, options, token, mean, slots, gradient);
-    return;
-  }
-  if (options.dense_gradient() && normalizer == normalizer) {
+  } else if (options.dense_gradient() && normalizer == normalizer) {
     const T* logits = static_cast<const T*>(call.logits) + token * call.experts;
     write_dense(slots, mean, normalizer, call.experts, logits, gradient);
   } else {

@@ -25,7 +25,9 @@ namespace jax_router {
 namespace JAX_ROUTER_ISA {
 namespace {
 
-constexpr int64_t kRowMultiple = 128;  // rows in scratch are padded to this
+constexpr int64_t kRowMultiple = 128;   // rows of keys are padded to this
+constexpr int64_t kScoreMultiple = 32;  // rows of logits and scores
+constexpr int64_t kPartialSums = 128;   // of a row
 
 inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -103,14 +105,17 @@ inline float largest_of(const float* x, int64_t padded) {
   for (int64_t i = 0; i < padded; i += 32) {
     for (int j = 0; j < 32; ++j) maxima[j] = x[i + j] > maxima[j] ? x[i + j] : maxima[j];
   }
-  float largest = maxima[0];
-  for (int j = 1; j < 32; ++j) largest = maxima[j] > largest ? maxima[j] : largest;
-  return largest < kLargest ? largest : kLargest;
+  for (int distance = 16; distance > 0; distance /= 2) {
+    for (int j = 0; j < distance; ++j) {
+      maxima[j] = maxima[j + distance] > maxima[j] ? maxima[j + distance] : maxima[j];
+    }
+  }
+  return maxima[0] < kLargest ? maxima[0] : kLargest;
 }
 
-// Sum of a padded row of partial sums, pairwise at distance 64, 32 ... 1; destroys it.
+// Sum of the partial sums of a row, pairwise at distance 64, 32 ... 1; destroys them.
 inline float sum_pairwise(float* sums) {
-  for (int64_t distance = kRowMultiple / 2; distance > 0; distance /= 2) {
+  for (int64_t distance = kPartialSums / 2; distance > 0; distance /= 2) {
     for (int64_t j = 0; j < distance; ++j) sums[j] += sums[j + distance];
   }
   return sums[0];
@@ -118,16 +123,16 @@ inline float sum_pairwise(float* sums) {
 
 // Softmax terms of a padded row, and their sum: 0 if all logits are -inf. The order of additions is
 // part of the definition, since keys can depend on it: 128 partial sums, element i to sum i mod
-// 128, then pairwise at distance 64, 32
-// ... 1.
+// 128, then pairwise at distance 64, 32 ... 1.
 inline float softmax_terms(const float* __restrict x, int64_t padded, float largest,
                            float* __restrict terms) {
-  alignas(64) float sums[kRowMultiple] = {};
-  for (int64_t i = 0; i < padded; i += kRowMultiple) {
-    for (int64_t j = 0; j < kRowMultiple; ++j) {
+  alignas(64) float sums[kPartialSums] = {};
+  for (int64_t i = 0; i < padded; i += kScoreMultiple) {
+    float* __restrict part = sums + i % kPartialSums;
+    for (int64_t j = 0; j < kScoreMultiple; ++j) {
       const float term = softmax_term(x[i + j], largest);
       terms[i + j] = term;
-      sums[j] += term;
+      part[j] += term;
     }
   }
   return sum_pairwise(sums);
@@ -135,9 +140,10 @@ inline float softmax_terms(const float* __restrict x, int64_t padded, float larg
 
 // Sum of a padded row whose padding is 0, in the same order.
 inline float sum_row(const float* __restrict x, int64_t padded) {
-  alignas(64) float sums[kRowMultiple] = {};
-  for (int64_t i = 0; i < padded; i += kRowMultiple) {
-    for (int64_t j = 0; j < kRowMultiple; ++j) sums[j] += x[i + j];
+  alignas(64) float sums[kPartialSums] = {};
+  for (int64_t i = 0; i < padded; i += kScoreMultiple) {
+    float* __restrict part = sums + i % kPartialSums;
+    for (int64_t j = 0; j < kScoreMultiple; ++j) part[j] += x[i + j];
   }
   return sum_pairwise(sums);
 }

@@ -43,25 +43,22 @@ inline void clear(const Sums& sums, int64_t experts) {
   *sums.tokens = 0;
 }
 
-// Adds the scores of a padded row: probabilities, or others over their sum.
-inline void add_scores(const float* __restrict scores, int64_t padded, int64_t experts, Score score,
+// Adds softmax terms, each times `factor`.
+inline void add_probabilities(const float* __restrict terms, float factor, int64_t experts,
+                              float* __restrict sums) {
+  for (int64_t e = 0; e < experts; ++e) sums[e] += terms[e] * factor;
+}
+
+// Adds scores over their sum, whose inverse might be a denormal.
+inline void add_shares(const float* __restrict scores, float total, int64_t experts,
                        float* __restrict sums) {
-  if (score == Score::kSoftmax) {
-    for (int64_t e = 0; e < experts; ++e) sums[e] += scores[e];
-    return;
-  }
-  const float total = sum_row(scores, padded) + kEpsilon;
   for (int64_t e = 0; e < experts; ++e) sums[e] += scores[e] / total;
 }
 
-// Adds a real token with the padded rows of its logits (NaN as -inf) and scores. `total` is the sum
-// of its softmax terms. Returns what the backward needs.
-inline SavedSoftmax add_token(const float* logits, const float* scores, float total, int64_t padded,
-                              int64_t experts, Score score, const Sums& sums) {
+// What the backward needs of a real token, which is added but for its scores.
+inline SavedSoftmax add_token(float largest, float total, const Sums& sums) {
   *sums.tokens += 1;
   if (!(total > 0.0f)) return {0.0f, 0.0f};
-  add_scores(scores, padded, experts, score, sums.scores);
-  const float largest = largest_of(logits, padded);
   const float logsumexp = largest + std::log(total);
   *sums.z += logsumexp * logsumexp;
   return {largest, total};
