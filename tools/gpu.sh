@@ -5,7 +5,8 @@
 #
 #   [STEPS="tests benchmarks"] tools/gpu.sh OUT_DIR [architecture, default 90a-real]
 #
-# A third step, sanitize, runs every kernel under compute-sanitizer.
+# A third step, sanitize, runs every kernel under compute-sanitizer. SELECT="gpu and not slow" leaves the
+# larger grids out.
 set -euo pipefail
 out=$(mkdir -p "${1:?usage: tools/gpu.sh OUT_DIR [architecture]}" && cd "$1" && pwd)
 architecture=${2:-90a-real}
@@ -42,7 +43,7 @@ run_tests() {
     # Under xdist pytest-benchmark warns that it is disabled, and warnings are errors.
     parallel=(-n 8 -p no:benchmark)
   fi
-  PYTHONSAFEPATH=1 "$python" -m pytest -m gpu -q "${parallel[@]}" 2>&1 | tee "$out/tests.log" || status=$?
+  PYTHONSAFEPATH=1 "$python" -m pytest -m "${SELECT:-gpu}" -q "${parallel[@]}" 2>&1 | tee "$out/tests.log" || status=$?
 }
 
 run_benchmarks() {
