@@ -30,8 +30,9 @@ struct JointRow {
   }
 
   // Gradient of a logit whose score has cotangent s.
+  template <bool kElementwise>
   __device__ __forceinline__ float gradient(float x, float s) const {
-    if (score == Score::kSoftmax) return probability(x) * (s + offset);
+    if constexpr (!kElementwise) return probability(x) * (s + offset);
     float result = offset != 0.0f ? probability(x) * offset : 0.0f;
     if (cotangent != nullptr && x > -kInfinity) {
       result += (s - mean) * inverse * score_gradient(fast_score(x, score), score);
@@ -40,9 +41,10 @@ struct JointRow {
   }
 };
 
-// Prepares a row for a whole warp; `each(visit)` calls visit(logit, cotangent) for the elements of
-// the lane. `mean`: sum of h p over the slots, see route_backward.
-template <typename Each>
+// Prepares a row for a whole warp; kElementwise: the scores are not softmax; `each(visit)` calls
+// visit(logit, cotangent) for the elements of the lane. `mean`: sum of h p over the slots, see
+// route_backward.
+template <bool kElementwise, typename Each>
 __device__ __forceinline__ JointRow joint_row(const RouteBackward& call,
                                               const RouteOptions& options, SavedSoftmax softmax,
                                               float z_cotangent, float mean, const float* cotangent,
@@ -58,7 +60,7 @@ __device__ __forceinline__ JointRow joint_row(const RouteBackward& call,
   }
   if (cotangent == nullptr) return row;
   float product = 0.0f;
-  if (options.score == Score::kSoftmax) {
+  if constexpr (!kElementwise) {
     if (row.exponential.near) {
       each([&](float x, float s) { product = fmaf(row.exponential.near_number(x), s, product); });
     } else {

@@ -39,7 +39,7 @@ cudaError_t launch_route(const RouteForward& call, const RouteOptions& options,
   if (listed && call.experts <= kMostInRegisters) {
     return launch_route_warp(checked, options, stream);
   }
-  if (listed && call.bias == nullptr && call.experts < 65536 && route_shared_fits(call)) {
+  if (listed && call.bias == nullptr && call.experts < 65536 && route_shared_fits(call, options)) {
     return launch_route_shared(checked, options, stream);
   }
   return launch_route_general(checked, options, stream);

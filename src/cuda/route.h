@@ -30,7 +30,7 @@ cudaError_t launch_route_lanes(const RouteForward& call, const RouteOptions& opt
                                cudaStream_t stream);
 cudaError_t launch_route_warp(const RouteForward& call, const RouteOptions& options,
                               cudaStream_t stream);
-bool route_shared_fits(const RouteForward& call);
+bool route_shared_fits(const RouteForward& call, const RouteOptions& options);
 cudaError_t launch_route_shared(const RouteForward& call, const RouteOptions& options,
                                 cudaStream_t stream);
 cudaError_t launch_route_general(const RouteForward& call, const RouteOptions& options,

@@ -82,7 +82,7 @@ __device__ void write_dense(const float* row, const T* logits, float mean, float
 }
 
 // The gradient of the weights, in the row so far, and of the statistics.
-template <typename T>
+template <bool kElementwise, typename T>
 __device__ void write_joint(const RouteBackward& call, const RouteOptions& options, int64_t token,
                             const float* row, float mean, T* gradient, int lane) {
   const int experts = static_cast<int>(call.experts);
@@ -92,12 +92,14 @@ __device__ void write_joint(const RouteBackward& call, const RouteOptions& optio
   const auto each = [&](auto visit) {
     for (int e = lane; e < experts; e += kWarpSize) visit(to_float(logits[e]), cotangent_at(e));
   };
-  const JointRow joint = joint_row(call, options, call.softmax[token], z_cotangent_of(call, token),
-                                   mean, cotangent, each);
+  const JointRow joint = joint_row<kElementwise>(
+      call, options, call.softmax[token], z_cotangent_of(call, token), mean, cotangent, each);
   for (int e = lane; e < experts; e += kWarpSize) {
     const float x = to_float(logits[e]);
     const float own = options.dense_gradient() ? row[e] * joint.probability(x) : row[e];
-    store_value(gradient + e, joint.alive() ? own + joint.gradient(x, cotangent_at(e)) : own);
+    store_value(gradient + e, joint.alive()
+                                  ? own + joint.template gradient<kElementwise>(x, cotangent_at(e))
+                                  : own);
   }
 }
 
@@ -134,7 +136,11 @@ __device__ void backward_token(const RouteBackward& call, const RouteOptions& op
   }
   if (joint) {
     __syncwarp();
-    write_joint(call, options, token, row, mean, gradient, lane);
+    if (options.score == Score::kSoftmax) {
+      write_joint<false>(call, options, token, row, mean, gradient, lane);
+    } else {
+      write_joint<true>(call, options, token, row, mean, gradient, lane);
+    }
   } else if (dense) {
     const T* logits = static_cast<const T*>(call.logits) + token * call.experts;
     write_dense(row, logits, mean, normalizer, experts, gradient, lane);

@@ -241,11 +241,11 @@ __global__ void __launch_bounds__(8 * kWarpSize, 4)
   KeysRow row(reinterpret_cast<char*>(shared) + rows.warp * layout.bytes(), layout,
               static_cast<int>(call.experts), nullptr);
   for (int64_t token = rows.first; token < call.tokens; token += rows.stride) {
-    route_token<T, GroupSums<SharedSums, false>>(call, options, token, layout, row, nullptr);
+    route_token<T, GroupSums<SharedSums, true>>(call, options, token, layout, row, nullptr);
   }
 }
 
-template <typename T, bool kElementwise>
+template <typename T>
 __global__ void __launch_bounds__(kMostStatsWarps* kWarpSize, 1)
     route_general_stats_kernel(const __grid_constant__ RouteForward call,
                                const __grid_constant__ RouteOptions options,
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kMostStatsWarps* kWarpSize, 1)
   const BlockSums block{scores, counts, warps, layout.padded};
   const TokenRange range = block_range(call, blocks);
   block.clear(call.experts);
-  GroupSums<SharedSums, kElementwise> sums{{block.scores + warp * layout.padded}};
+  GroupSums<SharedSums, true> sums{{block.scores + warp * layout.padded}};
   KeysRow row(rows + warp * layout.bytes(), layout, static_cast<int>(call.experts), block.counts);
   for (int i = warp; i < range.count; i += warps) {
     route_token<T>(call, options, range.first + i, layout, row, &sums);
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kMostStatsWarps* kWarpSize, 1)
 }
 
 // The same by blocks of one warp, which add up in global memory.
-template <typename T, bool kElementwise>
+template <typename T>
 __global__ void __launch_bounds__(kWarpSize, 1)
     route_general_long_stats_kernel(const __grid_constant__ RouteForward call,
                                     const __grid_constant__ RouteOptions options,
@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(kWarpSize, 1)
   }
   __syncwarp();
   const TokenRange range = block_range(call, blocks);
-  GroupSums<GlobalSums, kElementwise> sums{{scores, experts}};
+  GroupSums<GlobalSums, true> sums{{scores, experts}};
   KeysRow row(reinterpret_cast<char*>(shared), layout, experts, counts);
   for (int i = 0; i < range.count; ++i) {
     route_token<T>(call, options, range.first + i, layout, row, &sums);
@@ -306,14 +306,12 @@ cudaError_t launch_stats(const RouteForward& call, const RouteOptions& options,
   const int room = device_limits().shared_bytes - 1024;
   int warps = kMostStatsWarps;
   while (warps > 0 && bytes(warps) > room) warps /= 2;
-  return with_bool(options.score != Score::kSoftmax, [&](auto elementwise) {
-    if (warps == 0) {
-      return launch_blocks(route_general_long_stats_kernel<T, elementwise.value>,
-                           blocks.count(call), 1, row_bytes, stream, call, options, blocks);
-    }
-    return launch_blocks(route_general_stats_kernel<T, elementwise.value>, blocks.count(call),
-                         warps, bytes(warps), stream, call, options, blocks);
-  });
+  if (warps == 0) {
+    return launch_blocks(route_general_long_stats_kernel<T>, blocks.count(call), 1, row_bytes,
+                         stream, call, options, blocks);
+  }
+  return launch_blocks(route_general_stats_kernel<T>, blocks.count(call), warps, bytes(warps),
+                       stream, call, options, blocks);
 }
 
 }  // namespace

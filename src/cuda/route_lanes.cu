@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDen
       call, options, first, tokens, registers, scratches[warp], bits, nullptr, nullptr);
 }
 
-template <typename T, typename S, bool kBiased, bool kElementwise>
+template <typename T, typename S, bool kBiased, bool kAnyScore>
 __global__ void __launch_bounds__(kStatsWarps* kWarpSize, 1)
     route_lanes_stats_kernel(const __grid_constant__ RouteForward call,
                              const __grid_constant__ RouteOptions options,
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kStatsWarps* kWarpSize, 1)
   int i = warp * kTokens;
   if (i < range.count) load_rows(call, range.first + i, tokens_at(i), registers);
   block.clear(call.experts);
-  GroupSums<SharedSums, kElementwise> sums{{block.scores + group * S::kColumns}};
+  GroupSums<SharedSums, kAnyScore> sums{{block.scores + group * S::kColumns}};
   while (i < range.count) {
     route_tokens<T, S, kBiased, Extra::kStats>(call, options, range.first + i, tokens_at(i),
                                                registers, scratches[warp], nullptr, &sums,
@@ -146,10 +146,10 @@ template <typename T, typename S>
 cudaError_t launch_lanes_stats(const RouteForward& call, const RouteOptions& options,
                                cudaStream_t stream) {
   const TokenBlocks blocks(call);
-  const auto kernel = with_bool(call.bias != nullptr, [&](auto biased) {
-    return options.score == Score::kSoftmax ? route_lanes_stats_kernel<T, S, biased.value, false>
-                                            : route_lanes_stats_kernel<T, S, biased.value, true>;
-  });
+  const auto kernel = call.bias != nullptr ? route_lanes_stats_kernel<T, S, true, true>
+                      : options.score == Score::kSoftmax
+                          ? route_lanes_stats_kernel<T, S, false, false>
+                          : route_lanes_stats_kernel<T, S, false, true>;
   const int bytes =
       BlockSums::score_bytes(kStatsWarps * kTokens, S::kColumns) + BlockSums::count_bytes(call);
   return launch_blocks(kernel, blocks.count(call), kStatsWarps, bytes, stream, call, options,

@@ -188,7 +188,7 @@ struct StatsLayout {
   JAX_ROUTER_HOST_DEVICE int bytes() const { return rows + counts + scores; }
 };
 
-template <typename T, int kClasses, int kMost, bool kElementwise>
+template <typename T, int kMost, bool kAnyScore>
 __global__ void __launch_bounds__(kMostStatsWarps* kWarpSize, 1)
     route_shared_stats_kernel(const __grid_constant__ RouteForward call,
                               const __grid_constant__ RouteOptions options,
@@ -209,55 +209,60 @@ __global__ void __launch_bounds__(kMostStatsWarps* kWarpSize, 1)
   float* const scores = block.scores + warp * layout.columns;
   if constexpr (kInRegisters) {
     block.clear_counts(call.experts);
-    GroupSums<RegisterSums<kMost>, kElementwise> sums;
-    route_in_turn<T, kClasses, Extra::kStats, kMost>(call, options, turns, layout, row, &sums,
-                                                     block.counts);
+    GroupSums<RegisterSums<kMost>, kAnyScore> sums;
+    route_in_turn<T, 2, Extra::kStats, kMost>(call, options, turns, layout, row, &sums,
+                                              block.counts);
     __syncthreads();
     sums.scores.store(scores, layout.columns, threadIdx.x % kWarpSize);
     block.write(call, sums.z, sums.tokens);
   } else {
     block.clear(call.experts);
-    GroupSums<SharedSums, kElementwise> sums{{scores}};
-    route_in_turn<T, kClasses, Extra::kStats, kMost>(call, options, turns, layout, row, &sums,
-                                                     block.counts);
+    GroupSums<SharedSums, kAnyScore> sums{{scores}};
+    route_in_turn<T, 2, Extra::kStats, kMost>(call, options, turns, layout, row, &sums,
+                                              block.counts);
     block.write(call, sums.z, sums.tokens);
   }
 }
 
 constexpr int kMostChunks = 18;  // of the sums that a lane keeps in registers
 
-bool in_registers(const RouteForward& call) { return call.experts <= kMostChunks * kPadding; }
+bool sums_in_registers(const RouteForward& call, const RouteOptions& options) {
+  return options.score == Score::kSoftmax && call.experts <= kMostChunks * kPadding;
+}
 
 // How many warps of a block find room on this device, each with its own row; 0 if none does.
-int most_warps(const RouteForward& call, int size) {
+int most_warps(const RouteForward& call, const RouteOptions& options, int size) {
   const SharedLayout layout(call, size);
   const int room = device_limits().shared_bytes - 1024;
   if (!has_stats(call)) return std::min(kMostWarps, room / layout.bytes());
   int warps = kMostStatsWarps;
-  while (warps > 0 && StatsLayout(call, layout, warps, in_registers(call)).bytes() > room) --warps;
+  while (warps > 0 &&
+         StatsLayout(call, layout, warps, sums_in_registers(call, options)).bytes() > room)
+    --warps;
   return warps;
 }
 
 // Warps of a block for so many tokens: no more than finish them in as many rounds.
-int even_warps(const RouteForward& call, int size, int64_t tokens) {
-  const int64_t most = most_warps(call, size);
+int even_warps(const RouteForward& call, const RouteOptions& options, int size, int64_t tokens) {
+  const int64_t most = most_warps(call, options, size);
   const int64_t rounds = (tokens + most - 1) / most;
   return static_cast<int>((tokens + rounds - 1) / rounds);
 }
 
-template <typename T, int kClasses>
+template <typename T>
 cudaError_t launch_stats(const RouteForward& call, const RouteOptions& options,
                          cudaStream_t stream) {
   const TokenBlocks blocks(call);
-  const int warps = even_warps(call, sizeof(T), blocks.tokens);
-  const StatsLayout sizes(call, SharedLayout(call, sizeof(T)), warps, in_registers(call));
-  return with_bool(options.score != Score::kSoftmax, [&](auto elementwise) {
-    const auto kernel = in_registers(call)
-                            ? route_shared_stats_kernel<T, kClasses, kMostChunks, elementwise.value>
-                            : route_shared_stats_kernel<T, kClasses, 0, elementwise.value>;
-    return launch_blocks(kernel, blocks.count(call), warps, sizes.bytes(), stream, call, options,
-                         blocks);
-  });
+  const int warps = even_warps(call, options, sizeof(T), blocks.tokens);
+  const StatsLayout sizes(call, SharedLayout(call, sizeof(T)), warps,
+                          sums_in_registers(call, options));
+  const bool softmax = options.score == Score::kSoftmax;
+  const auto kernel = !softmax ? route_shared_stats_kernel<T, 0, true>
+                      : sums_in_registers(call, options)
+                          ? route_shared_stats_kernel<T, kMostChunks, false>
+                          : route_shared_stats_kernel<T, 0, false>;
+  return launch_blocks(kernel, blocks.count(call), warps, sizes.bytes(), stream, call, options,
+                       blocks);
 }
 
 template <typename T, int kClasses>
@@ -266,7 +271,7 @@ cudaError_t launch(const RouteForward& call, const RouteOptions& options, cudaSt
                                             : route_shared_kernel<T, kClasses, true>;
   const int64_t processors = device_limits().processors;
   const int64_t blocks = call.tokens < processors ? call.tokens : processors;
-  const int warps = even_warps(call, sizeof(T), (call.tokens + blocks - 1) / blocks);
+  const int warps = even_warps(call, options, sizeof(T), (call.tokens + blocks - 1) / blocks);
   const int bytes = warps * SharedLayout(call, sizeof(T)).bytes();
   return launch_blocks(kernel, static_cast<unsigned>(blocks), warps, bytes, stream, call, options);
 }
@@ -274,17 +279,15 @@ cudaError_t launch(const RouteForward& call, const RouteOptions& options, cudaSt
 template <typename T>
 cudaError_t launch_type(const RouteForward& call, const RouteOptions& options,
                         cudaStream_t stream) {
-  if (has_stats(call)) {
-    return options.k <= 8 ? launch_stats<T, 1>(call, options, stream)
-                          : launch_stats<T, 2>(call, options, stream);
-  }
+  if (has_stats(call)) return launch_stats<T>(call, options, stream);
   return options.k <= 8 ? launch<T, 1>(call, options, stream) : launch<T, 2>(call, options, stream);
 }
 
 }  // namespace
 
-bool route_shared_fits(const RouteForward& call) {
-  return most_warps(call, call.logits_type == LogitsType::kFloat32 ? 4 : 2) >= kFewestWarps;
+bool route_shared_fits(const RouteForward& call, const RouteOptions& options) {
+  return most_warps(call, options, call.logits_type == LogitsType::kFloat32 ? 4 : 2) >=
+         kFewestWarps;
 }
 
 cudaError_t launch_route_shared(const RouteForward& call, const RouteOptions& options,

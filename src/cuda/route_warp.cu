@@ -1,6 +1,7 @@
 // The forward for up to 1024 experts where a token has a warp to itself.
 
 #include <cstdint>
+#include <type_traits>
 
 #include "registers.cuh"
 #include "route.h"
@@ -18,8 +19,8 @@ using SingleShape = Shape<32, kChunks, 2, 128>;
 constexpr int kMostRows = 4;
 
 // Warps of a block that gathers statistics: as many as find room with their registers.
-template <typename S, bool kBiased, bool kElementwise>
-inline constexpr int kStatsWarps = kBiased || kElementwise || S::kChunks > 4 ? 16 : 24;
+template <typename S, bool kBiased, bool kAnyScore>
+inline constexpr int kStatsWarps = kBiased || kAnyScore || S::kChunks > 4 ? 16 : 22;
 
 constexpr int64_t kManyTokens = 8192;  // so many that every warp can take kMostRows of them
 
@@ -141,12 +142,12 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDen
       call, options, token, call.tokens, registers, scratches[warp], bits, nullptr, nullptr);
 }
 
-template <typename T, typename S, bool kBiased, bool kElementwise>
-__global__ void __launch_bounds__(kStatsWarps<S, kBiased, kElementwise>* kWarpSize, 1)
+template <typename T, typename S, bool kBiased, bool kAnyScore>
+__global__ void __launch_bounds__(kStatsWarps<S, kBiased, kAnyScore>* kWarpSize, 1)
     route_single_stats_kernel(const __grid_constant__ RouteForward call,
                               const __grid_constant__ RouteOptions options,
                               const __grid_constant__ TokenBlocks blocks) {
-  constexpr int kWarps = kStatsWarps<S, kBiased, kElementwise>;
+  constexpr int kWarps = kStatsWarps<S, kBiased, kAnyScore>;
   __shared__ WarpScratch<S, 1> scratches[kWarps];
   extern __shared__ float4 sums_memory[];
   float* const scores = reinterpret_cast<float*>(sums_memory);
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(kStatsWarps<S, kBiased, kElementwise>* kWarpSi
   RegisterRow<T, S> registers;
   if (warp < range.count) load(warp, registers);
   block.clear(call.experts);
-  GroupSums<SharedSums, kElementwise> sums{{block.scores + warp * S::kColumns}};
+  GroupSums<SharedSums, kAnyScore> sums{{block.scores + warp * S::kColumns}};
   for (int i = warp; i < range.count; i += kWarps) {
     const int64_t next = i + kWarps < range.count ? range.first + i + kWarps : call.tokens;
     route_token<T, S, kBiased, Extra::kStats>(call, options, range.first + i, next, registers,
@@ -203,14 +204,15 @@ cudaError_t launch_stats_chunks(const RouteForward& call, const RouteOptions& op
                                 cudaStream_t stream) {
   using S = SingleShape<kChunks>;
   const TokenBlocks blocks(call);
-  return with_bool(call.bias != nullptr, [&](auto biased) {
-    return with_bool(options.score != Score::kSoftmax, [&](auto elementwise) {
-      constexpr int kWarps = kStatsWarps<S, biased.value, elementwise.value>;
-      const int bytes = BlockSums::score_bytes(kWarps, S::kColumns) + BlockSums::count_bytes(call);
-      return launch_blocks(route_single_stats_kernel<T, S, biased.value, elementwise.value>,
-                           blocks.count(call), kWarps, bytes, stream, call, options, blocks);
-    });
-  });
+  const auto launch = [&](auto biased, auto any_score) {
+    constexpr int kWarps = kStatsWarps<S, biased.value, any_score.value>;
+    const int bytes = BlockSums::score_bytes(kWarps, S::kColumns) + BlockSums::count_bytes(call);
+    return launch_blocks(route_single_stats_kernel<T, S, biased.value, any_score.value>,
+                         blocks.count(call), kWarps, bytes, stream, call, options, blocks);
+  };
+  if (call.bias != nullptr) return launch(std::true_type(), std::true_type());
+  return with_bool(options.score != Score::kSoftmax,
+                   [&](auto any_score) { return launch(std::false_type(), any_score); });
 }
 
 }  // namespace

@@ -175,11 +175,11 @@ __device__ __forceinline__ float sum_of_terms(const Row& row, Term term) {
   return total.of_group<kLanes>();
 }
 
-// What a group of lanes knows of the tokens it has added up. kElementwise: the scores are not
-// softmax.
-template <typename Sums, bool kElementwise>
+// What a group of lanes knows of the tokens it has added up. kAnyScore: whether the
+// scores may be others than softmax.
+template <typename Sums, bool kAnyScore>
 struct GroupSums {
-  static constexpr bool kListed = !kElementwise;  // whether `add` can use a sum of near terms
+  static constexpr bool kListed = !kAnyScore;  // whether `add` can use a sum of near terms
 
   Sums scores;
   float z = 0.0f;
@@ -197,25 +197,22 @@ struct GroupSums {
     const bool counted = real && exponential.any && token < call.tokens;
     const auto near_term = [&](float x) { return exponential.near_term(x); };
     const auto any_term = [&](float x) { return exponential.term(x); };
-    float total = 0.0f;
-    if constexpr (kElementwise) {
+    const bool elementwise = kAnyScore && options.score != Score::kSoftmax;
+    if (elementwise) {
       const auto score = [&](float x) { return fast_score(x, options.score); };
       const float divisor = sum_of_terms<kLanes>(row, score) + kEpsilon;
       if (counted) add_shares(row, score, divisor);
+    }
+    float total = 0.0f;
+    bool near = !elementwise && __all_sync(kAllLanes, exponential.near);
+    if (near) {
+      total = listed != nullptr ? listed->of_group<kLanes>() : sum_of_terms<kLanes>(row, near_term);
+      near = __all_sync(kAllLanes, total == total);  // no NaN among the logits
+      if (near && counted) add_shares(row, near_term, total);
+    }
+    if (!near) {
       total = sum_of_terms<kLanes>(row, any_term);
-    } else {
-      bool near = __all_sync(kAllLanes, exponential.near);
-      if (near) {
-        total =
-            listed != nullptr ? listed->of_group<kLanes>() : sum_of_terms<kLanes>(row, near_term);
-        near = __all_sync(kAllLanes, total == total);  // no NaN among the logits
-      }
-      if (near) {
-        if (counted) add_shares(row, near_term, total);
-      } else {
-        total = sum_of_terms<kLanes>(row, any_term);
-        if (counted) add_shares(row, any_term, total);
-      }
+      if (counted && !elementwise) add_shares(row, any_term, total);
     }
     if (lane != 0 || token >= call.tokens) return;
     total *= exponential.scale();

@@ -37,7 +37,7 @@ struct TileRow {
   template <typename Visit>
   __device__ __forceinline__ void visit(Visit visit) const {
     const int whole = in_fours ? experts : 0;
-#pragma unroll 4
+#pragma unroll 2
     for (int e = 4 * lane; e < whole; e += 4 * kWarpSize) {
       float x[4];
       float s[4];
@@ -54,7 +54,7 @@ struct TileRow {
   template <typename Gradient>
   __device__ __forceinline__ void transform(Gradient gradient) const {
     const int whole = in_fours ? experts : 0;
-#pragma unroll 4
+#pragma unroll 2
     for (int e = 4 * lane; e < whole; e += 4 * kWarpSize) {
       float x[4];
       float s[4];
@@ -88,7 +88,7 @@ __device__ __forceinline__ RowInputs load_inputs(const RouteBackward& call, int6
 }
 
 // Turns a row of logits into the gradient of the statistics, in place.
-template <typename T>
+template <bool kElementwise, typename T>
 __device__ __forceinline__ JointRow transform_row(const RouteBackward& call,
                                                   const RouteOptions& options, int64_t token,
                                                   const RowInputs& inputs, float mean, T* logits,
@@ -97,23 +97,24 @@ __device__ __forceinline__ JointRow transform_row(const RouteBackward& call,
   const int experts = static_cast<int>(call.experts);
   const bool in_fours = experts % 4 == 0 && reinterpret_cast<uintptr_t>(cotangent) % 16 == 0;
   const TileRow<T> row{logits, cotangent, experts, in_fours, lane};
-  const JointRow joint = joint_row(call, options, inputs.softmax, inputs.z_cotangent, mean,
-                                   cotangent, [&](auto visit) { row.visit(visit); });
+  const JointRow joint =
+      joint_row<kElementwise>(call, options, inputs.softmax, inputs.z_cotangent, mean, cotangent,
+                              [&](auto visit) { row.visit(visit); });
   if (!joint.alive()) {
     row.transform([](float, float) { return 0.0f; });
-  } else if (options.score == Score::kSoftmax && joint.exponential.near) {
+  } else if (!kElementwise && joint.exponential.near) {
     const float offset = joint.offset * joint.factor;
     row.transform([&](float x, float s) {
       return joint.exponential.near_number(x) * fmaf(s, joint.factor, offset);
     });
   } else {
-    row.transform([&](float x, float s) { return joint.gradient(x, s); });
+    row.transform([&](float x, float s) { return joint.template gradient<kElementwise>(x, s); });
   }
   return joint;
 }
 
 // Makes the gradient of the rows of a group in a tile of logits.
-template <typename T, int kPasses>
+template <bool kElementwise, typename T, int kPasses>
 __device__ __forceinline__ void apply_group(const RouteBackward& call, const RouteOptions& options,
                                             const Tiling& tiling, Group<kPasses>& group,
                                             const RowInputs& inputs, int64_t first, int tokens,
@@ -137,8 +138,8 @@ __device__ __forceinline__ void apply_group(const RouteBackward& call, const Rou
     const int r = __shfl_sync(kAllLanes, group.row, source);
     if (r >= tokens) break;
     const float mean = __shfl_sync(kAllLanes, group.mean, source);
-    const JointRow found = transform_row(call, options, first + r, inputs.of_lane(source), mean,
-                                         tile + r * experts, lane);
+    const JointRow found = transform_row<kElementwise>(
+        call, options, first + r, inputs.of_lane(source), mean, tile + r * experts, lane);
     if (r == group.row) joint = found;
   }
   __syncwarp();
@@ -152,12 +153,18 @@ __device__ __forceinline__ void apply_group(const RouteBackward& call, const Rou
     const float s = joint.cotangent != nullptr ? __ldg(joint.cotangent + expert) : 0.0f;
     const float own =
         options.dense_gradient() ? values[i] * joint.probability(logits[i]) : values[i];
-    store_value(row + expert, own + joint.gradient(logits[i], s));
+    store_value(row + expert, own + joint.template gradient<kElementwise>(logits[i], s));
   }
 }
 
-template <typename T, int kPasses>
-__global__ void __launch_bounds__(kMostWarps* kWarpSize, kPasses < 8 ? 5 : 4)
+// Softmax needs few registers: so many blocks that rows of few experts hide each other's latency.
+template <bool kElementwise, int kPasses>
+inline constexpr int kLeastBlocks =
+    kPasses < 2 ? (kElementwise ? 5 : 7)
+                : (kPasses < 4 ? (kElementwise ? 5 : 6) : (kPasses < 8 && !kElementwise ? 5 : 4));
+
+template <typename T, int kPasses, bool kElementwise>
+__global__ void __launch_bounds__(kMostWarps* kWarpSize, kLeastBlocks<kElementwise, kPasses>)
     route_stats_backward_kernel(const __grid_constant__ RouteBackward call,
                                 const __grid_constant__ RouteOptions options,
                                 const __grid_constant__ Tiling tiling) {
@@ -193,7 +200,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, kPasses < 8 ? 5 : 4)
       group = load_group<T, kPasses>(call, options, tiling, first, r, tokens, lane);
       inputs = load_inputs(call, first, group.row, tokens);
     }
-    apply_group(call, options, tiling, group, inputs, first, tokens, tile, lane);
+    apply_group<kElementwise>(call, options, tiling, group, inputs, first, tokens, tile, lane);
   }
   T* const gradient = static_cast<T*>(call.gradient) + first * call.experts;
   if (bulk) {
@@ -218,8 +225,10 @@ cudaError_t launch_stats_backward(const RouteBackward& call, const RouteOptions&
     using T = std::remove_pointer_t<decltype(type)>;
     const Tiling tiling = tile_rows(call, options, sizeof(T));
     return with_passes(options, tiling, [&](auto passes) {
-      return launch_tiles(route_stats_backward_kernel<T, passes.value>, call, options, tiling,
-                          stream);
+      const auto kernel = options.score == Score::kSoftmax
+                              ? route_stats_backward_kernel<T, passes.value, false>
+                              : route_stats_backward_kernel<T, passes.value, true>;
+      return launch_tiles(kernel, call, options, tiling, stream);
     });
   });
 }
