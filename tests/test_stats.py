@@ -337,7 +337,7 @@ def test_threads_do_not_matter_to_the_bits():
   base = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
   processes = [
     subprocess.Popen(
-      [sys.executable, "-c", _PRINT_BITS, "sigmoid"],
+      [sys.executable, "-P", "-c", _PRINT_BITS, "sigmoid"],
       env=base | {"JAX_PLATFORMS": "cpu", "NPROC": threads},
       stdout=subprocess.PIPE,
       text=True,
