@@ -113,10 +113,7 @@ def _weigh(scores, normalizer, active, options: RouteOptions) -> Weighing:
   """What `_reference.weigh` gives, from the scores of the experts."""
   weights = jnp.where(active, scores, np.float32(0))
   if options.renormalize:
-    normalizer = jnp.sum(weights, axis=-1) + _reference.EPSILON
-    # XLA may multiply by the inverse, which no huge divisor has: see _reference.weigh.
-    factor = jnp.where(jnp.abs(normalizer) > 1e30, _reference.EPSILON, np.float32(1))
-    weights = (weights * factor[..., None]) / (normalizer * factor)[..., None]
+    weights, normalizer = _reference.normalize(weights)
   if options.renormalize == (options.score == "softmax"):
     normalizer = jnp.ones_like(normalizer)
   return Weighing(weights * np.float32(options.scale), normalizer)
@@ -166,13 +163,13 @@ def _trim(
 
 def _run_with_cutoff(static: Static, index_dtype: np.dtype, *arrays) -> _Trimmed:
   wide = static._replace(options=_widened(static.options))
-  choice = _route._run_forward(wide, index_dtype, *arrays)
+  choice = _route.run_forward(wide, index_dtype, *arrays)
   operands, options = Operands(*arrays), static.options
 
   def weigh(experts, active):
     given = jnp.where(active, experts.astype(jnp.int32), np.int32(static.num_experts))
     again = operands._replace(bias=None, experts=given)
-    weights, _, normalizer = _route._run_forward(static, np.dtype(np.int32), *again)
+    weights, _, normalizer = _route.run_forward(static, np.dtype(np.int32), *again)
     empty = jnp.isnan(normalizer)
     weights = jnp.where(empty[..., None], np.float32(0), weights)
     return Weighing(weights, jnp.where(empty, np.float32(1), normalizer))

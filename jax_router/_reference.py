@@ -69,7 +69,7 @@ def quotient(rows: jax.Array, divisors: jax.Array) -> jax.Array:
   return (rows * factor) / (divisors * factor)
 
 
-def _normalize(y: jax.Array) -> tuple[jax.Array, jax.Array]:
+def normalize(y: jax.Array) -> tuple[jax.Array, jax.Array]:
   """y / (sum(y) + EPSILON) over the last axis, and its divisor."""
   divisor = jnp.sum(y, axis=-1, keepdims=True) + EPSILON
   return quotient(y, divisor), divisor[..., 0]
@@ -86,7 +86,7 @@ def aux_scores(logits: jax.Array, where: jax.Array | None, *, score: str) -> jax
   x = as_float32(logits)
   if where is not None:
     x = jnp.where(where[..., None], x, -_INFINITY)
-  y = _exp_normalize(x)[0] if score == "softmax" else _normalize(_elementwise_score(x, score))[0]
+  y = _exp_normalize(x)[0] if score == "softmax" else normalize(_elementwise_score(x, score))[0]
   # Stops the cotangents of entries without a score.
   return jnp.where(x > -_INFINITY, y, np.float32(0))
 
@@ -187,7 +187,7 @@ def weigh(
   else:
     w = jnp.where(active, _elementwise_score(chosen, options.score), np.float32(0))
     if options.renormalize:
-      w, normalizer = _normalize(w)
+      w, normalizer = normalize(w)
   weights = jnp.where(active, w * np.float32(options.scale), np.float32(0))
   return Weighing(weights, normalizer)
 

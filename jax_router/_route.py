@@ -151,7 +151,7 @@ bind_backward = _operands.make_backward("route_backward", _reference.route_backw
 # ---- the differentiable function ----
 
 
-def _run_forward(static: Static, index_dtype: np.dtype, *arrays):
+def run_forward(static: Static, index_dtype: np.dtype, *arrays):
   operands = Operands(*arrays)
   return _bind_forward(
     *operands.present,
@@ -164,11 +164,11 @@ def _run_forward(static: Static, index_dtype: np.dtype, *arrays):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _route(static: Static, index_dtype: np.dtype, logits, bias, where, experts):
-  return tuple(_run_forward(static, index_dtype, logits, bias, where, experts)[:2])
+  return tuple(run_forward(static, index_dtype, logits, bias, where, experts)[:2])
 
 
 def _route_forward(static: Static, index_dtype: np.dtype, logits, bias, where, experts):
-  choice = _run_forward(static, index_dtype, logits, bias, where, experts)
+  choice = run_forward(static, index_dtype, logits, bias, where, experts)
   residuals = _operands.save_choice(static, logits, choice)
   return residuals[:2], residuals
 

@@ -27,7 +27,6 @@ struct SharedScratch {
 };
 
 // Sizes of a warp's shared memory: its row, its scratch and its row of a bitmap, in this order.
-// Where there are statistics, the sums of all warps and the counts of the block come first.
 struct SharedLayout {
   int columns;
   int row_bytes;
