@@ -41,6 +41,9 @@ cudaError_t launch_route_general(const RouteForward& call, const RouteOptions& o
 // Of `stats`.
 cudaError_t launch_stats_backward(const RouteBackward& call, const RouteOptions& options,
                                   cudaStream_t stream);
+bool stats_backward_warp_fits(const RouteBackward& call, const RouteOptions& options);
+cudaError_t launch_stats_backward_warp(const RouteBackward& call, const RouteOptions& options,
+                                       cudaStream_t stream);
 // For k > 64.
 cudaError_t launch_route_backward_general(const RouteBackward& call, const RouteOptions& options,
                                           cudaStream_t stream);

@@ -221,6 +221,9 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, kLeastBlocks<kElementwi
 cudaError_t launch_stats_backward(const RouteBackward& call, const RouteOptions& options,
                                   cudaStream_t stream) {
   if (options.k > kMostSlots) return launch_route_backward_general(call, options, stream);
+  if (stats_backward_warp_fits(call, options)) {
+    return launch_stats_backward_warp(call, options, stream);
+  }
   return with_type(call.logits_type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Tiling tiling = tile_rows(call, options, sizeof(T));
