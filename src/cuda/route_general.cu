@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kMostStatsWarps* kWarpSize, 1)
   extern __shared__ int4 shared[];
   const KeysLayout layout(call, options);
   const int warps = blockDim.x / kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_index();
   float* const scores = reinterpret_cast<float*>(shared);
   char* const rows = reinterpret_cast<char*>(scores + warps * layout.padded);
   int32_t* const counts = reinterpret_cast<int32_t*>(rows + warps * layout.bytes());

@@ -20,7 +20,7 @@ constexpr int kMostRows = 4;
 
 // Warps of a block that gathers statistics: as many as find room with their registers.
 template <typename S, bool kBiased, bool kAnyScore>
-inline constexpr int kStatsWarps = kBiased || kAnyScore || S::kChunks > 4 ? 16 : 22;
+inline constexpr int kStatsWarps = kBiased || kAnyScore || S::kChunks > 4 ? 16 : 32;
 
 constexpr int64_t kManyTokens = 8192;  // so many that every warp can take kMostRows of them
 
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, S::kChunks > 4 ? 4 
   __shared__ Scratch scratches[kRegisterWarps];
   extern __shared__ uint32_t bitmaps[];
   const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_index();
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kRegisterWarps + warp) * rows;
   if (first >= call.tokens) return;
   const int tokens = static_cast<int>(min(int64_t{rows}, call.tokens - first));
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDen
                         const __grid_constant__ RouteOptions options) {
   __shared__ WarpScratch<S, 1> scratches[kRegisterWarps];
   extern __shared__ uint32_t bitmaps[];
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_index();
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kRegisterWarps + warp;
   if (token >= call.tokens) return;
   uint32_t* const bits = bitmaps + warp * (kDense ? bitmap_words(call) : 0);
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kStatsWarps<S, kBiased, kAnyScore>* kWarpSize,
   float* const scores = reinterpret_cast<float*>(sums_memory);
   const BlockSums block{scores, reinterpret_cast<int32_t*>(scores + kWarps * S::kColumns), kWarps,
                         S::kColumns};
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_index();
   const TokenRange range = block_range(call, blocks);
   const auto load = [&](int i, RegisterRow<T, S>& registers) {
     registers.load(row_values<T, kBiased>(call, options, range.first + i).logits,

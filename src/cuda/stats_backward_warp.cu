@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, kChunks <= 4 ? 7 : (kCh
     route_stats_backward_warp_kernel(const __grid_constant__ RouteBackward call,
                                      const __grid_constant__ RouteOptions options) {
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * kMostWarps + threadIdx.x / kWarpSize;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kMostWarps + warp_index();
   if (token >= call.tokens) return;
   const T* const logits = static_cast<const T*>(call.logits) + token * call.experts;
   const float* const cotangent = score_cotangents(call, token);
