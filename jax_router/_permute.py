@@ -202,10 +202,8 @@ def _check_plan(word: str, plan: Any, lead: tuple[int, ...]) -> tuple[jax.Array,
 
 def _slots(entries: Any, tokens: Any) -> Any:
   """How many entries each token has."""
-  if isinstance(tokens, int) and tokens == 0:
-    slots = 0
-  else:
-    slots = entries // tokens
+  none = isinstance(tokens, int) and tokens == 0
+  slots = 0 if none else entries // tokens
   if entries != tokens * slots:
     raise ValueError(
       f"x must have a number of tokens that divides the {entries} entries of the plan, got {tokens}"
@@ -346,8 +344,8 @@ def _combine_forward(implementation: str | None, y, weights, inverse, group_size
   result = _run_combine(implementation, y.value, weights.value, inverse.value, group_sizes.value)
   rows = y.value if weights.perturbed else None
   saved_weights = weights.value if y.perturbed else None
-  saved_plan = _save_plan(inverse.value, group_sizes.value)
-  return result, _Residuals(*saved_plan, rows, saved_weights)
+  saved_inverse, saved_sizes = _save_plan(inverse.value, group_sizes.value)
+  return result, _Residuals(saved_inverse, saved_sizes, rows, saved_weights)
 
 
 def _combine_backward(implementation: str | None, residuals: _Residuals, cotangent):
