@@ -13,6 +13,8 @@
 
 namespace jax_router {
 
+inline constexpr int64_t kMostWidth = 1 << 30;  // so that a place in a row is an int
+
 struct EntryPlan {
   const int32_t* inverse;      // [batch, tokens, slots]: the position of each entry
   const int32_t* group_sizes;  // [batch, experts]

@@ -72,6 +72,7 @@ inline ffi::Error decode_entry_plan(const ffi::AnyBuffer& rows, const ffi::AnyBu
   plan->slots = shape[shape.size() - 1];
   plan->experts = last_dimension(group_sizes);
   plan->width = last_dimension(rows);
+  if (plan->width > kMostWidth) return invalid("rows must have at most 2**30 elements");
   if (plan->entries() > INT32_MAX) return invalid("a plan must have fewer than 2**31 entries");
   JAX_ROUTER_RETURN_IF_ERROR(
       check_elements("group_sizes", group_sizes, plan->batch * plan->experts));
