@@ -6,6 +6,7 @@ results have moved between releases, so each stands behind one function of ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -52,6 +53,33 @@ def automatic_devices() -> int:
   if all(kind == AxisType.Manual for kind in mesh.axis_types):
     return 1
   return mesh.size
+
+
+def hidden_shards(ctx) -> int:
+  """Over how many devices an operand may be split without its type saying so, while it is lowered.
+
+  Auto axes are hidden; Explicit ones stand in the type, and Manual ones have been split already. An
+  operand whose type knows no mesh may lie on every device of the computation.
+  """
+  most = 1
+  for aval in ctx.avals_in:
+    mesh = aval.sharding.mesh
+    if mesh.empty:
+      most = max(most, _context_devices(ctx.module_context.axis_context))
+    else:
+      axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+      most = max(most, math.prod(size for size, kind in axes if kind == AxisType.Auto))
+  return most
+
+
+def _context_devices(context) -> int:
+  """How many devices a computation is compiled for, but for the manual axes it is inside of."""
+  if hasattr(context, "num_devices"):
+    return context.num_devices
+  if hasattr(context, "manual_axes"):
+    sizes = context.mesh.shape.items()
+    return math.prod(size for name, size in sizes if name not in context.manual_axes)
+  return 1
 
 
 def parse_attribute(text: str) -> mlir.ir.Attribute | None:

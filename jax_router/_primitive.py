@@ -7,6 +7,9 @@ that keep arrays sharded over batch dimensions free of collectives.
 
 Every operand and every result starts with the same batch dimensions. The partitioner splits along
 these and replicates the rest, so an operand without them would be cut along the wrong dimension.
+
+An operation with an order over all tokens cannot have them as a batch dimension, so tokens that are
+sharded would be gathered. `Operation.whole_tokens` and `check_whole_tokens` refuse them instead.
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ class Operation(NamedTuple):
       for a result without one. Called only if an operand has a tangent; absent ones are None.
     runs_on: (platform, operand avals, **params) -> whether this platform's kernel takes the call;
       where it does not, and no platform was asked for, the reference is lowered instead.
+    whole_tokens: whether each batch row must lie on one device. Then a call without batch
+      dimensions cannot be compiled where the compiler might have split its operands.
   """
 
   name: str
@@ -52,6 +57,7 @@ class Operation(NamedTuple):
   reference: Callable[..., Sequence[jax.Array]]
   tangents: Callable[..., Sequence[jax.Array | None]]
   runs_on: Callable[..., bool] = lambda platform, avals, **params: True
+  whole_tokens: bool = False
 
 
 def reference_tangents(reference: Callable[..., Sequence[jax.Array]]):
@@ -71,6 +77,19 @@ def reference_tangents(reference: Callable[..., Sequence[jax.Array]]):
     return jax.jvp(function, primals, tuple(tangents[i] for i in moving))[1]
 
   return tangents_of
+
+
+def check_whole_tokens(word: str, name: str, operand: jax.Array, batch_ndim: int) -> None:
+  """ValueError if the type of an operand says that its tokens, or what follows them, are sharded.
+
+  `word` is the public function, `name` its argument, `batch_ndim` the number of leading dimensions.
+  """
+  if any(axis is not None for axis in _compat.spec_of(jax.typeof(operand))[batch_ndim:]):
+    raise ValueError(
+      f"{name} must not be sharded along its tokens or what follows them, got "
+      f"{jax.typeof(operand)}: {word} has an order over all tokens. Call it in jax.shard_map, or "
+      f"give {name} a leading dimension that carries the sharding"
+    )
 
 
 def make_primitive(operation: Operation) -> Callable[..., list[jax.Array]]:
@@ -159,6 +178,19 @@ def _register_lowerings(primitive: Primitive, operation: Operation) -> None:
     mlir.register_lowering(primitive, rule, platform=platform)
 
 
+def _check_lowering(operation: Operation, ctx, params: dict[str, Any]) -> None:
+  """ValueError if the operands may be split over devices along tokens that must stay together."""
+  if not operation.whole_tokens or operation.batch_ndim(_shapes(ctx.avals_in), **params) > 0:
+    return
+  devices = _compat.hidden_shards(ctx)
+  if devices > 1:
+    raise ValueError(
+      f"{operation.name} has an order over all tokens, and in a computation over {devices} devices "
+      "it cannot tell whether its tokens are sharded; call it in jax.shard_map, or give a leading "
+      "dimension (x[None]) that carries the sharding"
+    )
+
+
 def _lower_reference(operation: Operation, reference, ctx, *operands, **params: Any):
   wanted = params["implementation"]
   if wanted is not None:
@@ -166,6 +198,8 @@ def _lower_reference(operation: Operation, reference, ctx, *operands, **params: 
       f"implementation={wanted!r} of {operation.name} cannot run here: it is being compiled for "
       f"{', '.join(ctx.module_context.platforms)}, or its options have no {wanted} kernel"
     )
+  options = {name: value for name, value in params.items() if name != "implementation"}
+  _check_lowering(operation, ctx, options)
   return reference(ctx, *operands, **params)
 
 
@@ -176,6 +210,7 @@ def _lower(
   runs = wanted in (None, platform) and operation.runs_on(platform, ctx.avals_in, **params)
   if not runs:
     return _lower_reference(operation, reference, ctx, *operands, implementation=wanted, **params)
+  _check_lowering(operation, ctx, params)
   rule = jax.ffi.ffi_lowering(target, extra_attributes=_partitioning(operation, ctx, params))
   return rule(ctx, *operands, **operation.attributes(**params))
 

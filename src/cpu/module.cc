@@ -9,6 +9,8 @@
 #include "balance_ffi.h"
 #include "ffi.h"
 #include "parallel.h"
+#include "permute.h"
+#include "permute_ffi.h"
 #include "route.h"
 #include "route_ffi.h"
 #include "scores.h"
@@ -193,6 +195,57 @@ ffi::Future quantile_histogram(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi:
 XLA_FFI_DEFINE_HANDLER(kQuantileHistogram, quantile_histogram,
                        bind_quantile_histogram<ffi::ThreadPool>());
 
+// ---- permute, combine ----
+
+template <typename Call>
+ffi::Future run_tokens(ffi::ThreadPool& pool, TokenKernel<Call> kernel, const Call& call) {
+  const int64_t cost = (call.plan.slots + 1) * (call.plan.width + 16);
+  return parallel_rows(pool, call.plan.batch * call.plan.tokens, cost,
+                       [kernel, call](int64_t begin, int64_t end) { kernel(call, begin, end); });
+}
+
+ffi::Future permute(ffi::ThreadPool pool, ffi::AnyBuffer tokens, ffi::AnyBuffer inverse,
+                    ffi::AnyBuffer group_sizes, ffi::Result<ffi::AnyBuffer> rows) {
+  Permute call;
+  ffi::Error error = decode_permute(tokens, inverse, group_sizes, *rows, &call);
+  if (error.failure()) return finished(std::move(error));
+  return run_tokens(pool, JAX_ROUTER_BEST(permute_kernel), call);
+}
+
+ffi::Future permute_backward(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer inverse,
+                             ffi::AnyBuffer group_sizes, ffi::Result<ffi::AnyBuffer> tokens) {
+  Combine call;
+  ffi::Error error = decode_combine(rows, nullptr, inverse, group_sizes, *tokens, &call);
+  if (error.failure()) return finished(std::move(error));
+  return run_tokens(pool, JAX_ROUTER_BEST(combine_kernel), call);
+}
+
+ffi::Future combine(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer weights,
+                    ffi::AnyBuffer inverse, ffi::AnyBuffer group_sizes,
+                    ffi::Result<ffi::AnyBuffer> tokens) {
+  Combine call;
+  ffi::Error error = decode_combine(rows, &weights, inverse, group_sizes, *tokens, &call);
+  if (error.failure()) return finished(std::move(error));
+  return run_tokens(pool, JAX_ROUTER_BEST(combine_kernel), call);
+}
+
+ffi::Future combine_backward(ffi::ThreadPool pool, ffi::AnyBuffer cotangent, ffi::AnyBuffer inverse,
+                             ffi::AnyBuffer group_sizes, ffi::RemainingArgs optional,
+                             ffi::RemainingRets results, bool of_rows, bool of_weights) {
+  CombineBackward call;
+  ffi::Error error = decode_combine_backward(of_rows, of_weights, cotangent, inverse, group_sizes,
+                                             optional, results, &call);
+  if (error.failure()) return finished(std::move(error));
+  return run_tokens(pool, JAX_ROUTER_BEST(combine_backward_kernel), call);
+}
+
+XLA_FFI_DEFINE_HANDLER(kPermute, permute, bind_permute<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(kPermuteBackward, permute_backward,
+                       bind_permute_backward<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(kCombine, combine, bind_combine<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(kCombineBackward, combine_backward,
+                       bind_combine_backward<ffi::ThreadPool>());
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -206,6 +259,10 @@ nb::dict handlers() {
   table["scores"] = nb::capsule(reinterpret_cast<void*>(kScores));
   table["scores_backward"] = nb::capsule(reinterpret_cast<void*>(kScoresBackward));
   table["quantile_histogram"] = nb::capsule(reinterpret_cast<void*>(kQuantileHistogram));
+  table["permute"] = nb::capsule(reinterpret_cast<void*>(kPermute));
+  table["permute_backward"] = nb::capsule(reinterpret_cast<void*>(kPermuteBackward));
+  table["combine"] = nb::capsule(reinterpret_cast<void*>(kCombine));
+  table["combine_backward"] = nb::capsule(reinterpret_cast<void*>(kCombineBackward));
   return table;
 }
 

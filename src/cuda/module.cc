@@ -9,6 +9,8 @@
 #include "balance.h"
 #include "balance_ffi.h"
 #include "ffi.h"
+#include "permute.h"
+#include "permute_ffi.h"
 #include "route.h"
 #include "route_ffi.h"
 #include "scores.h"
@@ -148,6 +150,48 @@ ffi::Error quantile_histogram(cudaStream_t stream, ffi::AnyBuffer logits, ffi::A
 XLA_FFI_DEFINE_HANDLER(kQuantileHistogram, quantile_histogram, bind_quantile_histogram<Stream>(),
                        {ffi::Traits::kCmdBufferCompatible});
 
+// ---- permute, combine ----
+
+ffi::Error permute(cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffer inverse,
+                   ffi::AnyBuffer group_sizes, ffi::Result<ffi::AnyBuffer> rows) {
+  Permute call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_permute(tokens, inverse, group_sizes, *rows, &call));
+  return launch_result("permute", launch_permute(call, stream));
+}
+
+ffi::Error permute_backward(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer inverse,
+                            ffi::AnyBuffer group_sizes, ffi::Result<ffi::AnyBuffer> tokens) {
+  Combine call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_combine(rows, nullptr, inverse, group_sizes, *tokens, &call));
+  return launch_result("permute_backward", launch_combine(call, stream));
+}
+
+ffi::Error combine(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer weights,
+                   ffi::AnyBuffer inverse, ffi::AnyBuffer group_sizes,
+                   ffi::Result<ffi::AnyBuffer> tokens) {
+  Combine call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_combine(rows, &weights, inverse, group_sizes, *tokens, &call));
+  return launch_result("combine", launch_combine(call, stream));
+}
+
+ffi::Error combine_backward(cudaStream_t stream, ffi::AnyBuffer cotangent, ffi::AnyBuffer inverse,
+                            ffi::AnyBuffer group_sizes, ffi::RemainingArgs optional,
+                            ffi::RemainingRets results, bool of_rows, bool of_weights) {
+  CombineBackward call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_combine_backward(of_rows, of_weights, cotangent, inverse,
+                                                     group_sizes, optional, results, &call));
+  return launch_result("combine_backward", launch_combine_backward(call, stream));
+}
+
+XLA_FFI_DEFINE_HANDLER(kPermute, permute, bind_permute<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kPermuteBackward, permute_backward, bind_permute_backward<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kCombine, combine, bind_combine<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kCombineBackward, combine_backward, bind_combine_backward<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -161,6 +205,10 @@ nb::dict handlers() {
   table["scores"] = nb::capsule(reinterpret_cast<void*>(kScores));
   table["scores_backward"] = nb::capsule(reinterpret_cast<void*>(kScoresBackward));
   table["quantile_histogram"] = nb::capsule(reinterpret_cast<void*>(kQuantileHistogram));
+  table["permute"] = nb::capsule(reinterpret_cast<void*>(kPermute));
+  table["permute_backward"] = nb::capsule(reinterpret_cast<void*>(kPermuteBackward));
+  table["combine"] = nb::capsule(reinterpret_cast<void*>(kCombine));
+  table["combine_backward"] = nb::capsule(reinterpret_cast<void*>(kCombineBackward));
   return table;
 }
 
