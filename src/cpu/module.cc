@@ -7,6 +7,8 @@
 
 #include "balance.h"
 #include "balance_ffi.h"
+#include "blocks.h"
+#include "blocks_ffi.h"
 #include "ffi.h"
 #include "parallel.h"
 #include "route.h"
@@ -193,6 +195,39 @@ ffi::Future quantile_histogram(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi:
 XLA_FFI_DEFINE_HANDLER(kQuantileHistogram, quantile_histogram,
                        bind_quantile_histogram<ffi::ThreadPool>());
 
+// ---- blocks ----
+
+ffi::Future blocks(ffi::ThreadPool pool, ffi::AnyBuffer experts, ffi::AnyBuffer weights,
+                   ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> ids,
+                   ffi::Result<ffi::AnyBuffer> sorted_weights,
+                   ffi::Result<ffi::AnyBuffer> block_experts,
+                   ffi::Result<ffi::AnyBuffer> num_padded, ffi::Result<ffi::AnyBuffer> num_tokens,
+                   ffi::Result<ffi::AnyBuffer> inverse, ffi::Result<ffi::AnyBuffer> scratch,
+                   int64_t num_experts, int64_t block_size, int64_t layout, bool has_mask,
+                   bool has_num_valid) {
+  Blocks call;
+  ffi::Error error = decode_blocks(
+      {num_experts, block_size, layout}, has_mask, has_num_valid, experts, weights, optional,
+      {*ids, *sorted_weights, *block_experts, *num_padded, *num_tokens, *inverse, *scratch}, &call);
+  if (error.failure()) return finished(std::move(error));
+  const BlocksKernel kernel = JAX_ROUTER_BEST(blocks_kernel);
+  if (call.batch == 1) {
+    kernel.place(call, 0);
+    return parallel_rows(
+        pool, call.chunks, 4 * call.chunk_entries() + 1,
+        [kernel, call](int64_t begin, int64_t end) { kernel.scatter(call, 0, begin, end); });
+  }
+  return parallel_rows(pool, call.batch, 4 * call.entries() + call.positions + call.num_experts,
+                       [kernel, call](int64_t begin, int64_t end) {
+                         for (int64_t row = begin; row < end; ++row) {
+                           kernel.place(call, row);
+                           kernel.scatter(call, row, 0, call.chunks);
+                         }
+                       });
+}
+
+XLA_FFI_DEFINE_HANDLER(kBlocks, blocks, bind_blocks<ffi::ThreadPool>());
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -206,6 +241,7 @@ nb::dict handlers() {
   table["scores"] = nb::capsule(reinterpret_cast<void*>(kScores));
   table["scores_backward"] = nb::capsule(reinterpret_cast<void*>(kScoresBackward));
   table["quantile_histogram"] = nb::capsule(reinterpret_cast<void*>(kQuantileHistogram));
+  table["blocks"] = nb::capsule(reinterpret_cast<void*>(kBlocks));
   return table;
 }
 
