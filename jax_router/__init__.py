@@ -12,6 +12,8 @@ from jax_router._options import DenseRouting as DenseRouting
 from jax_router._options import Groups as Groups
 from jax_router._options import RouterStats as RouterStats
 from jax_router._options import Routing as Routing
+from jax_router._plan import Plan as Plan
+from jax_router._plan import plan as plan
 from jax_router._route import route as route
 from jax_router._scores import aux_scores as aux_scores
 from jax_router._stats import route_with_stats as route_with_stats

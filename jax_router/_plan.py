@@ -1,0 +1,131 @@
+"""The order of tokens by expert that a grouped matmul wants."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_router import _native, _options, _reference_plan
+from jax_router._primitive import Operation, Result, check_whole_tokens, make_primitive
+
+_MOST_EXPERTS = 2**31 - 2  # the index after the last one is an int32 too
+_MOST_ENTRIES = 2**31 - 1
+
+
+class Plan(NamedTuple):
+  """Where the entries of tokens go when they are sorted by expert.
+
+  Of experts `[..., T, k]`, n = T * k. Entry f = t * k + j is slot j of token t.
+
+  Attributes:
+    order: `[..., n]` int32, the entries sorted by expert, those of one expert in the order of the
+      tokens; entries in no group last.
+    inverse: `[..., n]` int32, the position of each entry: order[inverse[f]] = f.
+    group_sizes: `[..., E]` int32, how many entries each expert has; what `jax.lax.ragged_dot`
+      takes. Positions from their sum on are those of entries in no group.
+  """
+
+  order: jax.Array
+  inverse: jax.Array
+  group_sizes: jax.Array
+
+
+def plan(
+  experts: jax.Array | np.ndarray,
+  num_experts: int,
+  *,
+  implementation: str | None = None,
+) -> Plan:
+  """Sorts the slots of all tokens by expert, stably.
+
+  With n = T * k and ids = experts.reshape(n):
+
+      order       = stable argsort of ids
+      inverse     = its inverse permutation, order[inverse[f]] = f
+      group_sizes = how often each of 0 .. E - 1 occurs in ids
+
+  An id outside [0, E), such as the index E that `route` gives padding tokens, is in no group: it is
+  counted nowhere, and its entry comes after all groups, in the order of the tokens.
+
+  The integers are the same on every device and in every run. Nothing here has a gradient. It takes
+  time in proportion to n + E: entries are counted and scattered, not compared.
+
+  Sharding: leading dimensions may be sharded, each has its own plan. Tokens may not, for the order
+  is one over all of them: call `plan` in `jax.shard_map`, or with a leading dimension that carries
+  the sharding.
+
+  Args:
+    experts: `[..., T, k]` integer, as `route` gives it; T * k < 2**31.
+    num_experts: static E, 1 <= E <= 2**31 - 2.
+    implementation: None (best for the platform), "cpu", "cuda" or "reference" (plain JAX).
+
+  Returns:
+    `Plan(order [..., n], inverse [..., n], group_sizes [..., E])`, all int32.
+
+  Raises:
+    TypeError: an argument of the wrong type or dtype.
+    ValueError: an argument out of range or of the wrong shape; an implementation that is not there;
+      tokens sharded along Explicit axes; when it is compiled: no leading dimension in a computation
+      over several devices whose sharding its type does not tell.
+
+  Example:
+    >>> import jax.numpy as jnp, jax_router
+    >>> order, inverse, group_sizes = jax_router.plan(jnp.array([[2, 0], [1, 2], [0, 2]]), 3)
+    >>> order.tolist(), inverse.tolist(), group_sizes.tolist()
+    ([1, 4, 2, 0, 3, 5], [3, 0, 2, 4, 1, 5], [2, 1, 3])
+  """
+  num_experts = _options.check_int("num_experts", num_experts, 1, _MOST_EXPERTS)
+  experts = _check_experts(experts, num_experts)
+  if implementation is not None:
+    _options.check_choice("implementation", implementation, _options.IMPLEMENTATIONS)
+    _native.check_implementation(implementation)
+  if implementation == "reference":
+    return Plan(*_reference_plan.plan(experts, num_experts=num_experts))
+  return Plan(*_bind(experts, num_experts=num_experts, implementation=implementation))
+
+
+def _check_experts(experts: Any, num_experts: int) -> jax.Array:
+  """Ids as int32 `[..., T, k]`."""
+  if isinstance(experts, np.ndarray) and experts.dtype in (np.int64, np.uint64):
+    experts = _narrowed(experts, num_experts, np)  # before JAX cuts off the upper half
+  experts = _options.check_array("experts", experts)
+  if not jnp.issubdtype(experts.dtype, jnp.integer):
+    raise TypeError(f"experts must have an integer dtype, got {experts.dtype.name}")
+  if experts.ndim < 2:
+    raise ValueError(f"experts must have shape [..., T, k], got {experts.shape}")
+  tokens, k = experts.shape[-2:]
+  if isinstance(tokens, int) and tokens * k > _MOST_ENTRIES:
+    raise ValueError(
+      f"experts must have at most {_MOST_ENTRIES} entries T * k in a plan, got shape "
+      f"{experts.shape}"
+    )
+  check_whole_tokens("plan", "experts", experts, experts.ndim - 2)
+  if experts.dtype.itemsize == 8:
+    return _narrowed(experts, num_experts, jnp)
+  # An unsigned id that int32 cannot hold becomes negative: in no group, as it was.
+  return experts.astype(jnp.int32)
+
+
+def _narrowed(ids, num_experts: int, xp):
+  """64-bit ids as int32, of an array of numpy or JAX (`xp`)."""
+  return xp.where((ids >= 0) & (ids < num_experts), ids, num_experts).astype(xp.int32)
+
+
+_bind = make_primitive(
+  Operation(
+    name="plan",
+    batch_ndim=lambda shapes, **_: len(shapes[0]) - 2,
+    results=lambda shapes, *, num_experts: [
+      Result((shapes[0][-2] * shapes[0][-1],), np.dtype(np.int32)),
+      Result((shapes[0][-2] * shapes[0][-1],), np.dtype(np.int32)),
+      Result((num_experts,), np.dtype(np.int32)),
+    ],
+    attributes=lambda **_: {},
+    reference=_reference_plan.plan,
+    tangents=lambda *_, **__: [None, None, None],
+    whole_tokens=True,
+  )
+)
