@@ -3,6 +3,8 @@
 from jax_router._balance import quantile_bias as quantile_bias
 from jax_router._balance import quantile_histogram as quantile_histogram
 from jax_router._balance import update_bias as update_bias
+from jax_router._blocks import BlockPlan as BlockPlan
+from jax_router._blocks import plan_blocks as plan_blocks
 from jax_router._cutoff import route_with_cutoff as route_with_cutoff
 from jax_router._dense import route_dense as route_dense
 from jax_router._losses import load_balance_loss as load_balance_loss
