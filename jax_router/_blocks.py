@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -112,9 +112,12 @@ def plan_blocks(
     mask = jnp.broadcast_to(mask[(None,) * len(batch)], (*batch, num_experts))
   if num_valid is not None:
     num_valid = _check_num_valid(num_valid, batch, experts.shape[-2])
-  run: Callable[..., Sequence[jax.Array]]
-  run = _reference if implementation == "reference" else _blocks
-  return BlockPlan(*run(static, experts, weights, mask, num_valid))
+  results: Sequence[jax.Array]
+  if implementation == "reference":
+    results = _reference(static, experts, weights, mask, num_valid)
+  else:
+    results = _blocks(static, experts, weights, mask, num_valid)
+  return BlockPlan(*results)
 
 
 # ---- arguments ----
