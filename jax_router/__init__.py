@@ -17,5 +17,7 @@ from jax_router._options import Routing as Routing
 from jax_router._plan import Plan as Plan
 from jax_router._plan import plan as plan
 from jax_router._route import route as route
+from jax_router._route_blocks import max_fused_tokens as max_fused_tokens
+from jax_router._route_blocks import route_and_plan_blocks as route_and_plan_blocks
 from jax_router._scores import aux_scores as aux_scores
 from jax_router._stats import route_with_stats as route_with_stats

@@ -33,7 +33,7 @@ class BlockPlan(NamedTuple):
   Attributes:
     ids: `[..., P]` int32. "flat": the entry, N where a position holds none. "packed":
       j << 24 | t, k << 24 | num_tokens where it holds none; to decode a slot, shift unsigned.
-    weights: `[..., P]` float32, weight of the entry, 0 where there is none.
+    weights: `[..., P]` in the dtype of the routing's, weight of the entry, 0 where there is none.
     block_experts: `[..., P // U]` int32, expert of each block, -1 for unused ones, which come last.
       With an `expert_mask` experts are numbered among those that it keeps.
     num_padded: `[...]` int32, positions in used blocks.
@@ -75,8 +75,9 @@ def plan_blocks(
   carries the sharding.
 
   Args:
-    routing: `Routing(weights, experts)` as `route` gives it: `[..., T, k]` floating, and
-      `[..., T, k]` integer with T * k < 2**31. "packed" needs k < 2**8 and T < 2**24.
+    routing: `Routing(weights, experts)` as `route` gives it: `[..., T, k]` floating (they pass
+      through float32), and `[..., T, k]` integer with T * k < 2**31. "packed" needs k < 2**8 and
+      T < 2**24.
     num_experts: static E, at least 1.
     block_size: static U, at least 1. P must be less than 2**31.
     layout: "flat" (as vLLM's moe_align_block_size) or "packed" (as aiter's moe_sorting).
@@ -114,10 +115,11 @@ def plan_blocks(
     num_valid = _check_num_valid(num_valid, batch, experts.shape[-2])
   results: Sequence[jax.Array]
   if implementation == "reference":
-    results = _reference(static, experts, weights, mask, num_valid)
+    results = _reference(static, experts, weights.astype(jnp.float32), mask, num_valid)
   else:
-    results = _blocks(static, experts, weights, mask, num_valid)
-  return BlockPlan(*results)
+    results = _blocks(static, experts, weights.astype(jnp.float32), mask, num_valid)
+  ids, sorted_weights, *rest = results
+  return BlockPlan(ids, sorted_weights.astype(weights.dtype), *rest)
 
 
 # ---- arguments ----
@@ -172,7 +174,7 @@ def check_static(
 
 
 def _check_routing(routing: Any, num_experts: int) -> tuple[jax.Array, jax.Array]:
-  """Weights as float32 and experts as int32, both `[..., T, k]`."""
+  """Weights, and experts as int32, both `[..., T, k]`."""
   if not isinstance(routing, tuple) or len(routing) != 2:
     raise TypeError(f"routing must be a jax_router.Routing, got {type(routing).__name__}")
   experts = check_experts("plan_blocks", "routing.experts", routing[1], num_experts)
@@ -183,7 +185,7 @@ def _check_routing(routing: Any, num_experts: int) -> tuple[jax.Array, jax.Array
   if experts.shape[-1] < 1:
     raise ValueError(f"routing.experts must have k >= 1 slots, got shape {experts.shape}")
   check_whole_tokens("plan_blocks", "routing.weights", weights, weights.ndim - 2)
-  return weights.astype(jnp.float32), experts
+  return weights, experts
 
 
 def _check_mask(mask: Any, num_experts: int) -> jax.Array:
@@ -216,14 +218,14 @@ def _check_num_valid(num_valid: Any, batch: tuple[int, ...], tokens: int) -> jax
 # ---- the primitive ----
 
 # The kernels cut more entries than that into chunks, of which each has its counts.
-_FEWEST_TO_CUT = 8192
+MOST_OF_ONE_CHUNK = 8192
 _CHUNKS = 128  # wanted
 _FEWEST_OF_CHUNK, _MOST_OF_CHUNK = 4096, 32768
 
 
 def _scratch_rows(entries: int, num_experts: int) -> int:
   """Rows of counts: one for each chunk, and one for all."""
-  if entries <= _FEWEST_TO_CUT:
+  if entries <= MOST_OF_ONE_CHUNK:
     return 2
   # A chunk's counts must cost less than its entries.
   size = max(_FEWEST_OF_CHUNK, num_experts, -(-entries // _CHUNKS))

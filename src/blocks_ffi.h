@@ -12,6 +12,8 @@
 
 #include "blocks_call.h"
 #include "ffi.h"
+#include "options.h"
+#include "route_ffi.h"
 
 namespace jax_router {
 
@@ -65,6 +67,26 @@ auto bind_blocks() {
                                     .RemainingArgs()))               // mask [*B, E], num_valid [*B]
       .template Attr<bool>("has_mask")
       .template Attr<bool>("has_num_valid");
+}
+
+template <typename Context>
+auto bind_route_and_plan_blocks() {
+  return bind_block_attributes(
+             bind_options(
+                 bind_block_results(
+                     ffi::Ffi::Bind()
+                         .Ctx<Context>()
+                         .template Arg<ffi::AnyBuffer>()  // logits [*B, T, E]
+                         .RemainingArgs()  // bias [*B, E], where [*B, T], experts [*B, T, k]
+                         .template Ret<ffi::AnyBuffer>()  // weights [*B, T, k]
+                         .template Ret<ffi::AnyBuffer>()  // experts [*B, T, k]
+                         .template Ret<ffi::AnyBuffer>()  // normalizer [*B, T]
+                     )
+                     .RemainingRets()  // a buffer to be filled with zeros
+                 ))
+      .template Attr<bool>("has_bias")
+      .template Attr<bool>("has_where")
+      .template Attr<bool>("has_experts");
 }
 
 // Fills what a call knows without its operands: batch, tokens and k are set before.
@@ -161,6 +183,46 @@ inline ffi::Error decode_blocks(const BlockAttributes& attributes, bool has_mask
   }
   call->experts = static_cast<const int32_t*>(experts.untyped_data());
   call->weights = static_cast<const float*>(weights.untyped_data());
+  return ffi::Error::Success();
+}
+
+// A call of `route_and_plan_blocks`: the routing, the plan made of it, and bytes to be cleared.
+struct RouteAndPlanBlocks {
+  RouteForward route;
+  Blocks blocks;
+  void* zeros;  // may be null
+  size_t zeros_bytes;
+};
+
+// The same for a plan made of a routing in one call.
+inline ffi::Error decode_route_and_plan_blocks(
+    const RouteOptions& options, bool has_bias, bool has_where, bool has_experts,
+    const BlockAttributes& attributes, const ffi::AnyBuffer& logits,
+    const ffi::RemainingArgs& optional, const ffi::AnyBuffer& weights,
+    const ffi::AnyBuffer& experts, const ffi::AnyBuffer& normalizer, const BlockResults& results,
+    const ffi::RemainingRets& zeros, RouteAndPlanBlocks* call) {
+  *call = RouteAndPlanBlocks{};
+  JAX_ROUTER_RETURN_IF_ERROR(decode_route_forward(options, has_bias, has_where, has_experts, logits,
+                                                  optional, weights, experts, normalizer,
+                                                  &call->route));
+  JAX_ROUTER_RETURN_IF_ERROR(check_type("experts", experts, ffi::DataType::S32));
+  const auto shape = logits.dimensions();
+  Blocks& blocks = call->blocks;
+  blocks.k = options.k;
+  blocks.tokens = shape[shape.size() - 2];
+  blocks.batch = 1;
+  for (size_t i = 0; i + 2 < shape.size(); ++i) blocks.batch *= shape[i];
+  JAX_ROUTER_RETURN_IF_ERROR(decode_block_results(attributes, results, &blocks));
+  if (blocks.num_experts != call->route.experts)
+    return invalid("num_experts must be that of logits");
+  blocks.experts = static_cast<const int32_t*>(experts.untyped_data());
+  blocks.weights = call->route.weights;
+  if (zeros.size() > 1) return invalid("wrong number of results");
+  if (zeros.size() == 1) {
+    auto buffer = zeros.get<ffi::AnyBuffer>(0).value();
+    call->zeros = buffer->untyped_data();
+    call->zeros_bytes = buffer->size_bytes();
+  }
   return ffi::Error::Success();
 }
 
