@@ -78,7 +78,7 @@ def plan(
     ([1, 4, 2, 0, 3, 5], [3, 0, 2, 4, 1, 5], [2, 1, 3])
   """
   num_experts = _options.check_int("num_experts", num_experts, 1, _MOST_EXPERTS)
-  experts = _check_experts(experts, num_experts)
+  experts = check_experts("plan", "experts", experts, num_experts)
   if implementation is not None:
     _options.check_choice("implementation", implementation, _options.IMPLEMENTATIONS)
     _native.check_implementation(implementation)
@@ -87,22 +87,21 @@ def plan(
   return Plan(*_bind(experts, num_experts=num_experts, implementation=implementation))
 
 
-def _check_experts(experts: Any, num_experts: int) -> jax.Array:
-  """Ids as int32 `[..., T, k]`."""
+def check_experts(word: str, name: str, experts: Any, num_experts: int) -> jax.Array:
+  """Ids as int32 `[..., T, k]`; `word` is the public function, `name` its argument."""
   if isinstance(experts, np.ndarray) and experts.dtype in (np.int64, np.uint64):
     experts = _narrowed(experts, num_experts, np)  # before JAX cuts off the upper half
-  experts = _options.check_array("experts", experts)
+  experts = _options.check_array(name, experts)
   if not jnp.issubdtype(experts.dtype, jnp.integer):
-    raise TypeError(f"experts must have an integer dtype, got {experts.dtype.name}")
+    raise TypeError(f"{name} must have an integer dtype, got {experts.dtype.name}")
   if experts.ndim < 2:
-    raise ValueError(f"experts must have shape [..., T, k], got {experts.shape}")
+    raise ValueError(f"{name} must have shape [..., T, k], got {experts.shape}")
   tokens, k = experts.shape[-2:]
   if isinstance(tokens, int) and tokens * k > _MOST_ENTRIES:
     raise ValueError(
-      f"experts must have at most {_MOST_ENTRIES} entries T * k in a plan, got shape "
-      f"{experts.shape}"
+      f"{name} must have at most {_MOST_ENTRIES} entries T * k in a plan, got shape {experts.shape}"
     )
-  check_whole_tokens("plan", "experts", experts, experts.ndim - 2)
+  check_whole_tokens(word, name, experts, experts.ndim - 2)
   if experts.dtype.itemsize == 8:
     return _narrowed(experts, num_experts, jnp)
   # An unsigned id that int32 cannot hold becomes negative: in no group, as it was.

@@ -48,6 +48,8 @@ class Operation(NamedTuple):
       where it does not, and no platform was asked for, the reference is lowered instead.
     whole_tokens: whether each batch row must lie on one device. Then a call without batch
       dimensions cannot be compiled where the compiler might have split its operands.
+    composed: whether the reference is made of other primitives. Then it takes the keyword
+      `implementation` too, and may stand in for a kernel that was asked for.
   """
 
   name: str
@@ -58,6 +60,7 @@ class Operation(NamedTuple):
   tangents: Callable[..., Sequence[jax.Array | None]]
   runs_on: Callable[..., bool] = lambda platform, avals, **params: True
   whole_tokens: bool = False
+  composed: bool = False
 
 
 def reference_tangents(reference: Callable[..., Sequence[jax.Array]]):
@@ -164,10 +167,12 @@ def _jvp(operation: Operation, bind, operands, tangents, **params: Any):
 
 
 def _register_lowerings(primitive: Primitive, operation: Operation) -> None:
-  reference = mlir.lower_fun(
-    lambda *operands, implementation, **params: operation.reference(*operands, **params),
-    multiple_results=True,
-  )
+  def run_reference(*operands: jax.Array, implementation: str | None, **params: Any):
+    if operation.composed:
+      params["implementation"] = implementation
+    return operation.reference(*operands, **params)
+
+  reference = mlir.lower_fun(run_reference, multiple_results=True)
   mlir.register_lowering(primitive, functools.partial(_lower_reference, operation, reference))
   for platform, modules in _native.platforms().items():
     if operation.name not in modules:
@@ -193,7 +198,7 @@ def _check_lowering(operation: Operation, ctx, params: dict[str, Any]) -> None:
 
 def _lower_reference(operation: Operation, reference, ctx, *operands, **params: Any):
   wanted = params["implementation"]
-  if wanted is not None:
+  if wanted is not None and not operation.composed:
     raise ValueError(
       f"implementation={wanted!r} of {operation.name} cannot run here: it is being compiled for "
       f"{', '.join(ctx.module_context.platforms)}, or its options have no {wanted} kernel"

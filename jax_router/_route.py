@@ -133,7 +133,7 @@ def _tangents(operands, results, tangents, *, options, **_: Any):
   return weights_dot, None, normalizer_dot
 
 
-_bind_forward = make_primitive(
+bind_forward = make_primitive(
   Operation(
     name="route",
     batch_ndim=_operands.forward_batch_ndim,
@@ -153,7 +153,7 @@ bind_backward = _operands.make_backward("route_backward", _reference.route_backw
 
 def run_forward(static: Static, index_dtype: np.dtype, *arrays):
   operands = Operands(*arrays)
-  return _bind_forward(
+  return bind_forward(
     *operands.present,
     options=static.options,
     index_dtype=index_dtype,

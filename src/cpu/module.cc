@@ -3,10 +3,13 @@
 #include <nanobind/nanobind.h>
 
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "balance.h"
 #include "balance_ffi.h"
+#include "blocks.h"
+#include "blocks_ffi.h"
 #include "ffi.h"
 #include "parallel.h"
 #include "permute.h"
@@ -246,6 +249,89 @@ XLA_FFI_DEFINE_HANDLER(kCombine, combine, bind_combine<ffi::ThreadPool>());
 XLA_FFI_DEFINE_HANDLER(kCombineBackward, combine_backward,
                        bind_combine_backward<ffi::ThreadPool>());
 
+// ---- blocks ----
+
+int64_t blocks_cost(const Blocks& call) {
+  return 4 * call.entries() + call.positions + call.num_experts;
+}
+
+void plan_row(const BlocksKernel& kernel, const Blocks& call, int64_t row) {
+  kernel.place(call, row);
+  kernel.scatter(call, row, 0, call.chunks);
+}
+
+ffi::Future blocks(ffi::ThreadPool pool, ffi::AnyBuffer experts, ffi::AnyBuffer weights,
+                   ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> ids,
+                   ffi::Result<ffi::AnyBuffer> sorted_weights,
+                   ffi::Result<ffi::AnyBuffer> block_experts,
+                   ffi::Result<ffi::AnyBuffer> num_padded, ffi::Result<ffi::AnyBuffer> num_tokens,
+                   ffi::Result<ffi::AnyBuffer> inverse, ffi::Result<ffi::AnyBuffer> scratch,
+                   int64_t num_experts, int64_t block_size, int64_t layout, bool has_mask,
+                   bool has_num_valid) {
+  Blocks call;
+  ffi::Error error = decode_blocks(
+      {num_experts, block_size, layout}, has_mask, has_num_valid, experts, weights, optional,
+      {*ids, *sorted_weights, *block_experts, *num_padded, *num_tokens, *inverse, *scratch}, &call);
+  if (error.failure()) return finished(std::move(error));
+  const BlocksKernel kernel = JAX_ROUTER_BEST(blocks_kernel);
+  if (call.batch == 1) {
+    kernel.place(call, 0);
+    return parallel_rows(
+        pool, call.chunks, 4 * call.chunk_entries() + 1,
+        [kernel, call](int64_t begin, int64_t end) { kernel.scatter(call, 0, begin, end); });
+  }
+  return parallel_rows(pool, call.batch, blocks_cost(call),
+                       [kernel, call](int64_t begin, int64_t end) {
+                         for (int64_t row = begin; row < end; ++row) plan_row(kernel, call, row);
+                       });
+}
+
+// The rows of the batch at the same time or, if there is one alone, its tokens and then their plan.
+ffi::Future route_and_plan_blocks(
+    ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::RemainingArgs optional,
+    ffi::Result<ffi::AnyBuffer> weights, ffi::Result<ffi::AnyBuffer> experts,
+    ffi::Result<ffi::AnyBuffer> normalizer, ffi::Result<ffi::AnyBuffer> ids,
+    ffi::Result<ffi::AnyBuffer> sorted_weights, ffi::Result<ffi::AnyBuffer> block_experts,
+    ffi::Result<ffi::AnyBuffer> num_padded, ffi::Result<ffi::AnyBuffer> num_tokens,
+    ffi::Result<ffi::AnyBuffer> inverse, ffi::Result<ffi::AnyBuffer> scratch,
+    ffi::RemainingRets zeros, int64_t k, int64_t score, bool renormalize, float scale,
+    int64_t group_count, int64_t group_keep, int64_t group_score, int64_t num_experts,
+    int64_t block_size, int64_t layout, bool has_bias, bool has_where, bool has_experts) {
+  const RouteOptions options =
+      OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
+  RouteAndPlanBlocks call;
+  ffi::Error error = decode_route_and_plan_blocks(
+      options, has_bias, has_where, has_experts, {num_experts, block_size, layout}, logits,
+      optional, *weights, *experts, *normalizer,
+      {*ids, *sorted_weights, *block_experts, *num_padded, *num_tokens, *inverse, *scratch}, zeros,
+      &call);
+  if (error.failure()) return finished(std::move(error));
+  if (call.zeros_bytes > 0) std::memset(call.zeros, 0, call.zeros_bytes);
+  const RouteForwardKernel kernel = JAX_ROUTER_BEST(route_forward_kernel);
+  const BlocksKernel plan = JAX_ROUTER_BEST(blocks_kernel);
+  const int64_t tokens = call.blocks.tokens;
+  const int64_t cost = call.route.experts + 8 * options.k;
+  const auto route_tokens = [kernel, call, options](int64_t begin, int64_t end) {
+    const Scratch memory(kernel.scratch_bytes(call.route, options));
+    kernel.run(call.route, options, begin, end, memory.data());
+  };
+  if (call.blocks.batch == 1) {
+    return parallel_rows(pool, tokens, cost, route_tokens,
+                         [plan, call] { plan_row(plan, call.blocks, 0); });
+  }
+  return parallel_rows(pool, call.blocks.batch, tokens * cost + blocks_cost(call.blocks),
+                       [route_tokens, plan, call, tokens](int64_t begin, int64_t end) {
+                         route_tokens(begin * tokens, end * tokens);
+                         for (int64_t row = begin; row < end; ++row) {
+                           plan_row(plan, call.blocks, row);
+                         }
+                       });
+}
+
+XLA_FFI_DEFINE_HANDLER(kBlocks, blocks, bind_blocks<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(kRouteAndPlanBlocks, route_and_plan_blocks,
+                       bind_route_and_plan_blocks<ffi::ThreadPool>());
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -263,6 +349,8 @@ nb::dict handlers() {
   table["permute_backward"] = nb::capsule(reinterpret_cast<void*>(kPermuteBackward));
   table["combine"] = nb::capsule(reinterpret_cast<void*>(kCombine));
   table["combine_backward"] = nb::capsule(reinterpret_cast<void*>(kCombineBackward));
+  table["blocks"] = nb::capsule(reinterpret_cast<void*>(kBlocks));
+  table["route_and_plan_blocks"] = nb::capsule(reinterpret_cast<void*>(kRouteAndPlanBlocks));
   return table;
 }
 

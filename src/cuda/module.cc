@@ -8,6 +8,8 @@
 
 #include "balance.h"
 #include "balance_ffi.h"
+#include "blocks.h"
+#include "blocks_ffi.h"
 #include "ffi.h"
 #include "permute.h"
 #include "permute_ffi.h"
@@ -192,6 +194,25 @@ XLA_FFI_DEFINE_HANDLER(kCombine, combine, bind_combine<Stream>(),
 XLA_FFI_DEFINE_HANDLER(kCombineBackward, combine_backward, bind_combine_backward<Stream>(),
                        {ffi::Traits::kCmdBufferCompatible});
 
+// ---- blocks ----
+
+ffi::Error blocks(cudaStream_t stream, ffi::AnyBuffer experts, ffi::AnyBuffer weights,
+                  ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> ids,
+                  ffi::Result<ffi::AnyBuffer> sorted_weights,
+                  ffi::Result<ffi::AnyBuffer> block_experts, ffi::Result<ffi::AnyBuffer> num_padded,
+                  ffi::Result<ffi::AnyBuffer> num_tokens, ffi::Result<ffi::AnyBuffer> inverse,
+                  ffi::Result<ffi::AnyBuffer> scratch, int64_t num_experts, int64_t block_size,
+                  int64_t layout, bool has_mask, bool has_num_valid) {
+  Blocks call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_blocks(
+      {num_experts, block_size, layout}, has_mask, has_num_valid, experts, weights, optional,
+      {*ids, *sorted_weights, *block_experts, *num_padded, *num_tokens, *inverse, *scratch},
+      &call));
+  return launch_result("blocks", launch_blocks_plan(call, stream));
+}
+
+XLA_FFI_DEFINE_HANDLER(kBlocks, blocks, bind_blocks<Stream>(), {ffi::Traits::kCmdBufferCompatible});
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -209,6 +230,7 @@ nb::dict handlers() {
   table["permute_backward"] = nb::capsule(reinterpret_cast<void*>(kPermuteBackward));
   table["combine"] = nb::capsule(reinterpret_cast<void*>(kCombine));
   table["combine_backward"] = nb::capsule(reinterpret_cast<void*>(kCombineBackward));
+  table["blocks"] = nb::capsule(reinterpret_cast<void*>(kBlocks));
   return table;
 }
 
