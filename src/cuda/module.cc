@@ -211,7 +211,31 @@ ffi::Error blocks(cudaStream_t stream, ffi::AnyBuffer experts, ffi::AnyBuffer we
   return launch_result("blocks", launch_blocks_plan(call, stream));
 }
 
+ffi::Error route_and_plan_blocks(
+    cudaStream_t stream, ffi::AnyBuffer logits, ffi::RemainingArgs optional,
+    ffi::Result<ffi::AnyBuffer> weights, ffi::Result<ffi::AnyBuffer> experts,
+    ffi::Result<ffi::AnyBuffer> normalizer, ffi::Result<ffi::AnyBuffer> ids,
+    ffi::Result<ffi::AnyBuffer> sorted_weights, ffi::Result<ffi::AnyBuffer> block_experts,
+    ffi::Result<ffi::AnyBuffer> num_padded, ffi::Result<ffi::AnyBuffer> num_tokens,
+    ffi::Result<ffi::AnyBuffer> inverse, ffi::Result<ffi::AnyBuffer> scratch,
+    ffi::RemainingRets zeros, int64_t k, int64_t score, bool renormalize, float scale,
+    int64_t group_count, int64_t group_keep, int64_t group_score, int64_t num_experts,
+    int64_t block_size, int64_t layout, bool has_bias, bool has_where, bool has_experts) {
+  const RouteOptions options =
+      OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
+  RouteAndPlanBlocks call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_route_and_plan_blocks(
+      options, has_bias, has_where, has_experts, {num_experts, block_size, layout}, logits,
+      optional, *weights, *experts, *normalizer,
+      {*ids, *sorted_weights, *block_experts, *num_padded, *num_tokens, *inverse, *scratch}, zeros,
+      &call));
+  return launch_result("route_and_plan_blocks",
+                       launch_route_and_plan_blocks(call, options, stream));
+}
+
 XLA_FFI_DEFINE_HANDLER(kBlocks, blocks, bind_blocks<Stream>(), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kRouteAndPlanBlocks, route_and_plan_blocks,
+                       bind_route_and_plan_blocks<Stream>(), {ffi::Traits::kCmdBufferCompatible});
 
 // ---- table ----
 
@@ -231,7 +255,15 @@ nb::dict handlers() {
   table["combine"] = nb::capsule(reinterpret_cast<void*>(kCombine));
   table["combine_backward"] = nb::capsule(reinterpret_cast<void*>(kCombineBackward));
   table["blocks"] = nb::capsule(reinterpret_cast<void*>(kBlocks));
+  table["route_and_plan_blocks"] = nb::capsule(reinterpret_cast<void*>(kRouteAndPlanBlocks));
   return table;
+}
+
+int64_t max_fused_tokens(int64_t experts, int64_t k, int64_t group_count, int device) {
+  RouteOptions options{};
+  options.k = k;
+  options.group_count = group_count;
+  return most_fused_tokens(experts, options, device);
 }
 
 }  // namespace
@@ -240,6 +272,8 @@ nb::dict handlers() {
 NB_MODULE(_cuda, m) {
   m.doc() = "CUDA handlers of jax_router.";
   m.def("handlers", &jax_router::handlers, "FFI handlers by name.");
+  m.def("max_fused_tokens", &jax_router::max_fused_tokens,
+        "Up to how many tokens route_and_plan_blocks is one kernel on a device, by its number.");
   m.def(
       "ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
       "XLA FFI version (major, minor) that this module was compiled for.");

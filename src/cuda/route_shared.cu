@@ -161,8 +161,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
   __syncthreads();
   const int tokens = static_cast<int>((call.tokens - blockIdx.x + gridDim.x - 1) / gridDim.x);
   const Turns<false> turns{blockIdx.x, gridDim.x, tokens, &taken};
-  char* const memory =
-      reinterpret_cast<char*>(shared_memory) + warp_index() * layout.bytes();
+  char* const memory = reinterpret_cast<char*>(shared_memory) + warp_index() * layout.bytes();
   route_in_turn<T, kClasses, kDense ? Extra::kDense : Extra::kNone, 0,
                 GroupSums<SharedSums, false>>(call, options, turns, layout, memory, nullptr,
                                               nullptr);
