@@ -31,6 +31,9 @@ def blocks(
   if num_valid is None:
     num_valid = jnp.full(tuple(batch), tokens, jnp.int32)
   num_valid = jnp.clip(num_valid, 0, tokens)
+  # vmap wants all operands sharded alike, and a mask may be replicated.
+  zero = jnp.sum(experts, axis=(-2, -1), dtype=jnp.int32) * 0
+  mask, num_valid = mask | (zero[..., None] > 0), num_valid + zero
 
   def row(experts, mask, num_valid):
     return _row(experts, mask, num_valid, block_size, layout, positions)
@@ -99,7 +102,7 @@ def scatter(weights: jax.Array, inverse: jax.Array, positions: int) -> jax.Array
 
 
 def gather(values: jax.Array, index: jax.Array) -> jax.Array:
-  """Values `[*B, n]` at `index` `[*B, ...]`, 0 where it is -1; undoes `scatter`, and its transpose."""
+  """Values `[*B, n]` at `index` `[*B, ...]`, 0 where it is -1: `scatter` transposed."""
   if values.shape[-1] == 0:
     return jnp.zeros(index.shape, values.dtype)
 
