@@ -31,6 +31,9 @@ def blocks(
   if num_valid is None:
     num_valid = jnp.full(tuple(batch), tokens, jnp.int32)
   num_valid = jnp.clip(num_valid, 0, tokens)
+  # vmap wants all operands sharded alike, and a mask may be replicated.
+  zero = jnp.sum(experts, axis=(-2, -1), dtype=jnp.int32) * 0
+  mask, num_valid = mask | (zero[..., None] > 0), num_valid + zero
 
   def row(experts, mask, num_valid):
     return _row(experts, mask, num_valid, block_size, layout, positions)
@@ -83,24 +86,29 @@ def _row(experts, mask, num_valid, block_size: int, layout: str, positions: int)
 def scatter(weights: jax.Array, inverse: jax.Array, positions: int) -> jax.Array:
   """Weights `[*B, T, k]` at their positions `[*B, positions]`, 0 elsewhere. Linear."""
   size = math.prod(weights.shape[-2:])
+  if size == 0:
+    return jnp.zeros((*weights.shape[:-2], positions), weights.dtype)
 
   def row(weights, inverse):
+    # Integers are scattered and weights gathered: these keep their bits, a -0 too.
     index = jnp.where(inverse < 0, positions, inverse).reshape(size)
-    return jnp.zeros(positions, weights.dtype).at[index].add(weights.reshape(size), mode="drop")
+    entry = jnp.arange(size, dtype=jnp.int32)
+    source = jnp.full(positions, -1, jnp.int32).at[index].set(entry, mode="drop")
+    return gather(weights.reshape(size), source)
 
   for _ in weights.shape[:-2]:
     row = jax.vmap(row)
   return row(weights, inverse)
 
 
-def gather(values: jax.Array, inverse: jax.Array) -> jax.Array:
-  """The transpose of `scatter`: values `[*B, positions]` of the entries, 0 for those dropped."""
+def gather(values: jax.Array, index: jax.Array) -> jax.Array:
+  """Values `[*B, n]` at `index` `[*B, ...]`, 0 where it is -1: `scatter` transposed."""
   if values.shape[-1] == 0:
-    return jnp.zeros(inverse.shape, values.dtype)
+    return jnp.zeros(index.shape, values.dtype)
 
-  def row(values, inverse):
-    return jnp.where(inverse < 0, 0, values[jnp.where(inverse < 0, 0, inverse)])
+  def row(values, index):
+    return jnp.where(index < 0, jnp.zeros((), values.dtype), values[jnp.where(index < 0, 0, index)])
 
   for _ in values.shape[:-1]:
     row = jax.vmap(row)
-  return row(values, inverse)
+  return row(values, index)
