@@ -1,4 +1,4 @@
-"""`permute` and `combine` of sharded arrays: leading dimensions need no collective, tokens raise."""
+"""`permute` and `combine` of sharded arrays: no collective along batches, an error along tokens."""
 
 from __future__ import annotations
 
