@@ -21,8 +21,8 @@ class _Positions(NamedTuple):
 
   safe: jax.Array  # [T, k] position, 0 where in no group
   grouped: jax.Array  # [T, k] bool, in a group
-  row_grouped: jax.Array  # [n] bool, whether a row belongs to a group
-  entry: jax.Array  # [n] the entry of a row
+  row_grouped: jax.Array  # [n] bool, whether a row has an entry in a group
+  entry: jax.Array  # [n] the entry of a row, 0 where it has none
 
 
 def _positions(inverse: jax.Array, group_sizes: jax.Array) -> _Positions:
@@ -32,8 +32,9 @@ def _positions(inverse: jax.Array, group_sizes: jax.Array) -> _Positions:
   grouped = inside & (inverse < total)
   row = jnp.arange(entries, dtype=jnp.int32)
   target = jnp.where(inside, inverse, entries).reshape(entries)
-  entry = jnp.zeros(entries, jnp.int32).at[target].set(row, mode="drop")
-  return _Positions(jnp.where(grouped, inverse, 0), grouped, row < total, entry)
+  entry = jnp.full(entries, -1, jnp.int32).at[target].set(row, mode="drop")
+  row_grouped = (row < total) & (entry >= 0)
+  return _Positions(jnp.where(grouped, inverse, 0), grouped, row_grouped, jnp.maximum(entry, 0))
 
 
 def _over_batch(function: Callable[..., Any], ndim: int) -> Callable[..., Any]:
@@ -59,7 +60,9 @@ def permute(x: jax.Array, inverse: jax.Array, group_sizes: jax.Array) -> list[ja
 
   def one(x, inverse, group_sizes):
     at = _positions(inverse, group_sizes)
-    return jnp.where(_column(at.row_grouped), x[at.entry // k], jnp.zeros((), x.dtype))
+    # As float32, so that the transpose adds up in float32.
+    rows = x.astype(jnp.float32)[at.entry // k]
+    return jnp.where(_column(at.row_grouped), rows, _ZERO).astype(x.dtype)
 
   return [_over_batch(one, len(batch))(x, inverse, group_sizes)]
 
