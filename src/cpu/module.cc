@@ -9,6 +9,8 @@
 #include "balance_ffi.h"
 #include "ffi.h"
 #include "parallel.h"
+#include "plan.h"
+#include "plan_ffi.h"
 #include "route.h"
 #include "route_ffi.h"
 #include "scores.h"
@@ -193,6 +195,22 @@ ffi::Future quantile_histogram(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi:
 XLA_FFI_DEFINE_HANDLER(kQuantileHistogram, quantile_histogram,
                        bind_quantile_histogram<ffi::ThreadPool>());
 
+// ---- plan ----
+
+ffi::Future plan(ffi::ThreadPool pool, ffi::AnyBuffer ids, ffi::Result<ffi::AnyBuffer> order,
+                 ffi::Result<ffi::AnyBuffer> inverse, ffi::Result<ffi::AnyBuffer> group_sizes,
+                 ffi::Result<ffi::AnyBuffer> counts) {
+  PlanCall call;
+  ffi::Error error = decode_plan(ids, *order, *inverse, *group_sizes, *counts, &call);
+  if (error.failure()) return finished(std::move(error));
+  return parallel_rows(pool, call.batch, plan_cost(call), [call](int64_t begin, int64_t end) {
+    const Scratch scratch(plan_scratch_bytes(call));
+    run_plan(call, begin, end, scratch.data());
+  });
+}
+
+XLA_FFI_DEFINE_HANDLER(kPlan, plan, bind_plan<ffi::ThreadPool>());
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -206,6 +224,7 @@ nb::dict handlers() {
   table["scores"] = nb::capsule(reinterpret_cast<void*>(kScores));
   table["scores_backward"] = nb::capsule(reinterpret_cast<void*>(kScoresBackward));
   table["quantile_histogram"] = nb::capsule(reinterpret_cast<void*>(kQuantileHistogram));
+  table["plan"] = nb::capsule(reinterpret_cast<void*>(kPlan));
   return table;
 }
 
