@@ -60,7 +60,8 @@ def plan(
   Args:
     experts: `[..., T, k]` integer, as `route` gives it; T * k < 2**31.
     num_experts: static E, 1 <= E <= 2**24.
-    implementation: None (best for the platform), "cpu", "cuda" or "reference" (plain JAX).
+    implementation: None (best for the platform), "cpu", "cuda" (up to 16384 experts; beyond that
+      None takes plain JAX on a GPU) or "reference" (plain JAX).
 
   Returns:
     `Plan(order [..., n], inverse [..., n], group_sizes [..., E])`, all int32.
@@ -100,7 +101,7 @@ def _check_experts(experts: Any, num_experts: int) -> jax.Array:
   if experts.ndim < 2:
     raise ValueError(f"experts must have shape [..., T, k], got {experts.shape}")
   tokens, k = experts.shape[-2:]
-  if isinstance(tokens, int) and tokens * k > _MOST_ENTRIES:
+  if isinstance(tokens * k, int) and tokens * k > _MOST_ENTRIES:
     raise ValueError(
       f"experts must have at most {_MOST_ENTRIES} entries T * k in a plan, got shape "
       f"{experts.shape}"
@@ -123,6 +124,9 @@ _MOST_WHOLE_ENTRIES = 2**14
 _MOST_BLOCK_ENTRIES = 2**15
 _ENOUGH_BLOCKS = 128  # about as many as a GPU has processors
 _FEWEST_BLOCK_ENTRIES = 512
+
+# Every supported GPU grants a block 99 KiB of shared memory, in which each expert takes 6 bytes.
+_MOST_ON_CUDA = 2**14
 
 
 def _blocks(entries: Any, num_experts: int) -> Any:
@@ -159,6 +163,7 @@ _bind = make_primitive(
     attributes=lambda **_: {},
     reference=_reference,
     tangents=lambda *_, **__: [None] * 4,
+    runs_on=lambda platform, _, *, num_experts: platform == "cpu" or num_experts <= _MOST_ON_CUDA,
     whole_tokens=True,
   )
 )

@@ -9,6 +9,8 @@
 #include "balance.h"
 #include "balance_ffi.h"
 #include "ffi.h"
+#include "plan.h"
+#include "plan_ffi.h"
 #include "route.h"
 #include "route_ffi.h"
 #include "scores.h"
@@ -148,6 +150,18 @@ ffi::Error quantile_histogram(cudaStream_t stream, ffi::AnyBuffer logits, ffi::A
 XLA_FFI_DEFINE_HANDLER(kQuantileHistogram, quantile_histogram, bind_quantile_histogram<Stream>(),
                        {ffi::Traits::kCmdBufferCompatible});
 
+// ---- plan ----
+
+ffi::Error plan(cudaStream_t stream, ffi::AnyBuffer ids, ffi::Result<ffi::AnyBuffer> order,
+                ffi::Result<ffi::AnyBuffer> inverse, ffi::Result<ffi::AnyBuffer> group_sizes,
+                ffi::Result<ffi::AnyBuffer> counts) {
+  PlanCall call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_plan(ids, *order, *inverse, *group_sizes, *counts, &call));
+  return launch_result("plan", launch_plan(call, stream));
+}
+
+XLA_FFI_DEFINE_HANDLER(kPlan, plan, bind_plan<Stream>(), {ffi::Traits::kCmdBufferCompatible});
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -161,6 +175,7 @@ nb::dict handlers() {
   table["scores"] = nb::capsule(reinterpret_cast<void*>(kScores));
   table["scores_backward"] = nb::capsule(reinterpret_cast<void*>(kScoresBackward));
   table["quantile_histogram"] = nb::capsule(reinterpret_cast<void*>(kQuantileHistogram));
+  table["plan"] = nb::capsule(reinterpret_cast<void*>(kPlan));
   return table;
 }
 
