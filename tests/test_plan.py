@@ -112,9 +112,19 @@ def test_nothing_to_sort(plan, shape):
 
 
 def test_many_experts(plan):
-  for tokens, k, num_experts in ((4, 3, 65536), (3000, 8, 65536), (2, 2, 2**20)):
+  for tokens, k, num_experts in ((4, 3, 16384), (3000, 8, 16384), (9001, 2, 16383)):
     experts = oracle_plan.make_experts("some in no group", tokens, k, num_experts)
     check_against_oracle(plan(experts, num_experts), experts, num_experts)
+
+
+@pytest.mark.parametrize("implementation", (None, "cpu", "reference"))
+def test_more_experts_than_a_gpu_can_hold(implementation):
+  device = None if implementation is None else jax.devices("cpu")[0]
+  with jax.default_device(device):
+    for tokens, k, num_experts in ((4, 3, 16385), (3000, 8, 65536), (2, 2, 2**20)):
+      experts = oracle_plan.make_experts("some in no group", tokens, k, num_experts)
+      got = compiled(num_experts, implementation)(experts)
+      check_against_oracle(got, experts, num_experts)
 
 
 @pytest.mark.parametrize(
