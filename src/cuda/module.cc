@@ -13,6 +13,8 @@
 #include "ffi.h"
 #include "permute.h"
 #include "permute_ffi.h"
+#include "plan.h"
+#include "plan_ffi.h"
 #include "route.h"
 #include "route_ffi.h"
 #include "scores.h"
@@ -237,6 +239,18 @@ XLA_FFI_DEFINE_HANDLER(kBlocks, blocks, bind_blocks<Stream>(), {ffi::Traits::kCm
 XLA_FFI_DEFINE_HANDLER(kRouteAndPlanBlocks, route_and_plan_blocks,
                        bind_route_and_plan_blocks<Stream>(), {ffi::Traits::kCmdBufferCompatible});
 
+// ---- plan ----
+
+ffi::Error plan(cudaStream_t stream, ffi::AnyBuffer ids, ffi::Result<ffi::AnyBuffer> order,
+                ffi::Result<ffi::AnyBuffer> inverse, ffi::Result<ffi::AnyBuffer> group_sizes,
+                ffi::Result<ffi::AnyBuffer> counts) {
+  PlanCall call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_plan(ids, *order, *inverse, *group_sizes, *counts, &call));
+  return launch_result("plan", launch_plan(call, stream));
+}
+
+XLA_FFI_DEFINE_HANDLER(kPlan, plan, bind_plan<Stream>(), {ffi::Traits::kCmdBufferCompatible});
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -256,6 +270,7 @@ nb::dict handlers() {
   table["combine_backward"] = nb::capsule(reinterpret_cast<void*>(kCombineBackward));
   table["blocks"] = nb::capsule(reinterpret_cast<void*>(kBlocks));
   table["route_and_plan_blocks"] = nb::capsule(reinterpret_cast<void*>(kRouteAndPlanBlocks));
+  table["plan"] = nb::capsule(reinterpret_cast<void*>(kPlan));
   return table;
 }
 
