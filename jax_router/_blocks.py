@@ -218,9 +218,9 @@ def _check_num_valid(num_valid: Any, batch: tuple[int, ...], tokens: int) -> jax
 # ---- the primitive ----
 
 # The kernels cut more entries than that into chunks, of which each has its counts.
-MOST_OF_ONE_CHUNK = 8192
+MOST_OF_ONE_CHUNK = 2048
 _CHUNKS = 128  # wanted
-_FEWEST_OF_CHUNK, _MOST_OF_CHUNK = 4096, 32768
+_FEWEST_OF_CHUNK, _MOST_OF_CHUNK = 512, 32768
 
 
 def _scratch_rows(entries: int, num_experts: int) -> int:

@@ -119,7 +119,7 @@ def _narrowed(ids, num_experts: int, xp):
 
 # The blocks of entries that the CUDA kernels count on their own, and what one of them can hold; the
 # same as in src/plan_call.h.
-_MOST_WHOLE_ENTRIES = 2**14
+_MOST_WHOLE_ENTRIES = 2**12
 _MOST_BLOCK_ENTRIES = 2**15
 _ENOUGH_BLOCKS = 128  # about as many as a GPU has processors
 _FEWEST_BLOCK_ENTRIES = 512

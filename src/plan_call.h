@@ -11,7 +11,7 @@ namespace jax_router {
 
 // Of a batch row with more entries than that, the CUDA kernels count blocks of entries on their
 // own. How many blocks there are is up to Python, which makes room for their counts.
-inline constexpr int64_t kMostWholeEntries = 1 << 14;
+inline constexpr int64_t kMostWholeEntries = 1 << 12;
 inline constexpr int64_t kMostBlockEntries = 1 << 15;
 
 // `batch` rows of `entries` ids. One outside [0, experts) counts as the id `experts`, the group of

@@ -183,13 +183,13 @@ def test_slots(blocks, rng, layout, k):
     assert int(blocks(weights, experts, 260, 4, layout=layout).ids.min()) < 0
 
 
-# The kernels cut more than 8192 entries into chunks of at least 4096.
+# The kernels cut more than 2048 entries into chunks of at least 512.
 @LAYOUTS
 @pytest.mark.parametrize("kind", ("random", "one", "mixed"))
 @pytest.mark.parametrize(
   "tokens, k, num_experts",
   (
-    (8191, 1, 64), (8192, 1, 64), (8193, 1, 64), (4096, 2, 7), (4097, 2, 7), (1171, 7, 896),
+    (2047, 1, 64), (2048, 1, 64), (2049, 1, 64), (1024, 2, 7), (1025, 2, 7), (1171, 7, 896),
     (12288, 1, 9), (12289, 1, 9), (2500, 10, 512), (1200, 36, 2304), (5, 4000, 4099),
   ),
 )  # fmt: skip

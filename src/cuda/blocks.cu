@@ -11,6 +11,7 @@
 #include "blocks.cuh"
 #include "blocks.h"
 #include "route.h"
+#include "sums.cuh"
 #include "warp.cuh"
 
 namespace jax_router {
@@ -20,88 +21,60 @@ constexpr int kWarps = 32;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int64_t kMostOfChunk = 65535;     // entries that 16 bits count
 constexpr int64_t kPositionsOfPart = 4096;  // that a block of threads fills in one launch
-constexpr int kScanThreads = 128;
-constexpr int kScanUnroll = 8;
-constexpr int64_t kMostLaunched = 1 << 20;  // blocks of threads; more tasks are looped over
 constexpr int kReservedBytes = 1024;        // of shared memory, for what is not dynamic
 
 struct Split {
   int warps;  // that own entries
   int parts;  // blocks of threads of a row
+  int chunk_entries;
 };
 
 // ---- kernels ----
 
 __global__ void __launch_bounds__(kThreads, 1) blocks_kernel(const Blocks call, const Split split) {
   extern __shared__ int32_t shared[];
-  for (int64_t task = blockIdx.x; task < call.batch * split.parts; task += gridDim.x) {
-    write_blocks<kWarps>(call, task / split.parts, task % split.parts, split.parts, split.warps,
-                         shared);
+  for (int64_t row = blockIdx.y; row < call.batch; row += gridDim.y) {
+    write_blocks<kWarps>(call, row, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x),
+                         split.chunk_entries, split.warps, shared);
     __syncthreads();
   }
 }
 
 // Counts the entries of each chunk.
-__global__ void __launch_bounds__(kThreads) count_chunks_kernel(const Blocks call) {
+__global__ void __launch_bounds__(kThreads)
+    count_chunks_kernel(const Blocks call, const int chunk_entries) {
   extern __shared__ int32_t shared[];
   const int experts = static_cast<int>(call.num_experts);
-  const int warp = threadIdx.x / kWarpSize;
-  for (int64_t task = blockIdx.x; task < call.batch * call.chunks; task += gridDim.x) {
-    const int64_t row = task / call.chunks;
-    const int64_t chunk = task % call.chunks;
+  const int bits = bits_of(static_cast<uint32_t>(experts));
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * chunk_entries;
+  for (int64_t row = blockIdx.y; row < call.batch; row += gridDim.y) {
     for (int e = threadIdx.x; e < experts; e += kThreads) shared[e] = 0;
     __syncthreads();
     const Entries entries = entries_of(call, row);
-    const int64_t first = chunk * call.chunk_entries();
-    const int64_t limit = first + call.chunk_entries();
-    const int64_t last = limit < entries.end ? limit : entries.end;
-    const int64_t each = entries_of_warp(first, limit, kWarps);
-    const int64_t begin = first + warp * each;
-    for_each_entry(entries, begin, begin + each < last ? begin + each : last,
-                   [&](int64_t, int32_t expert, unsigned peers) {
-                     // Once for all peers: a single expert must not serialise the lanes.
-                     if (expert >= 0 && leads(peers)) atomicAdd(shared + expert, __popc(peers));
-                   });
+    const Piece piece(first, min(first + chunk_entries, entries.end), chunk_entries, kWarps);
+    Turn turn;
+    for (int64_t begin = piece.begin(); begin < piece.end(); begin += kTurn) {
+      turn.load(entries, begin, piece.end());
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        // Once for all peers: a single expert must not serialise the lanes.
+        const int32_t expert = turn.expert[u];
+        const unsigned peers = equal_lanes(static_cast<uint32_t>(expert), bits);
+        if (expert >= 0 && leads(peers)) atomicAdd(shared + expert, __popc(peers));
+      }
+    }
     __syncthreads();
-    int32_t* counts = call.chunk_counts(row, chunk);
+    int32_t* counts = call.chunk_counts(row, blockIdx.x);
     // The next round clears what the same thread has read here, so it need not wait.
     for (int e = threadIdx.x; e < experts; e += kThreads) counts[e] = shared[e];
   }
-}
-
-// Turns the counts of each expert into sums over the chunks before, and writes those over all.
-__global__ void __launch_bounds__(kScanThreads) sum_chunks_kernel(const Blocks call) {
-  const int64_t tiles = (call.num_experts + kScanThreads - 1) / kScanThreads;
-  for (int64_t task = blockIdx.x; task < call.batch * tiles; task += gridDim.x) {
-    const int64_t row = task / tiles;
-    const int64_t e = task % tiles * kScanThreads + threadIdx.x;
-    if (e >= call.num_experts) continue;
-    int32_t* counts = call.chunk_counts(row, 0) + e;
-    int32_t before = 0;
-    for (int64_t base = 0; base < call.chunks; base += kScanUnroll) {
-      int32_t own[kScanUnroll];
-#pragma unroll
-      for (int u = 0; u < kScanUnroll; ++u) {
-        own[u] = base + u < call.chunks ? counts[(base + u) * call.num_experts] : 0;
-      }
-#pragma unroll
-      for (int u = 0; u < kScanUnroll; ++u) {
-        if (base + u < call.chunks) counts[(base + u) * call.num_experts] = before;
-        before += own[u];
-      }
-    }
-    counts[call.chunks * call.num_experts] = before;
-  }
-}
-
-unsigned launched(int64_t tasks) {
-  return static_cast<unsigned>(tasks < kMostLaunched ? tasks : kMostLaunched);
 }
 
 Split split_work(const Blocks& call, const DeviceLimits& limits) {
   Split split;
   split.warps = kWarps;
   const int64_t entries = call.chunk_entries();
+  split.chunk_entries = static_cast<int>(entries);
   while (split.warps > 1 &&
          (split.warps / 2 * kWarpSize >= entries ||
           table_bytes(call.num_experts, split.warps) > limits.shared_bytes - kReservedBytes)) {
@@ -127,17 +100,23 @@ cudaError_t launch_blocks_plan(const Blocks& call, cudaStream_t stream) {
   const Split split = split_work(call, limits);
   const int64_t bytes = table_bytes(call.num_experts, split.warps);
   if (bytes > limits.shared_bytes - kReservedBytes) return cudaErrorInvalidValue;
+  const unsigned rows =
+      static_cast<unsigned>(call.batch < kMostGridRows ? call.batch : kMostGridRows);
   if (call.chunks > 1) {
-    const int counts_bytes = static_cast<int>(call.num_experts * sizeof(int32_t));
-    cudaError_t status = launch_blocks(count_chunks_kernel, launched(call.batch * call.chunks),
-                                       kWarps, counts_bytes, stream, call);
+    const int64_t experts = call.num_experts;
+    const dim3 grid(static_cast<unsigned>(call.chunks), rows);
+    cudaError_t status =
+        launch_blocks(count_chunks_kernel, grid, kWarps,
+                      static_cast<int>(experts * static_cast<int64_t>(sizeof(int32_t))), stream,
+                      call, split.chunk_entries);
     if (status != cudaSuccess) return status;
-    const int64_t tiles = (call.num_experts + kScanThreads - 1) / kScanThreads;
-    status = launch_blocks(sum_chunks_kernel, launched(call.batch * tiles),
-                           kScanThreads / kWarpSize, 0, stream, call);
+    const int64_t stride = (call.chunks + 1) * experts;
+    status = launch_sum_chunks({call.scratch, call.batch, call.chunks, experts, stride,
+                                call.chunk_counts(0, call.chunks), experts, stride},
+                               stream);
     if (status != cudaSuccess) return status;
   }
-  return launch_blocks(blocks_kernel, launched(call.batch * split.parts), kWarps,
+  return launch_blocks(blocks_kernel, dim3(static_cast<unsigned>(split.parts), rows), kWarps,
                        static_cast<int>(bytes), stream, call, split);
 }
 

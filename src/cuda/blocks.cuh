@@ -12,6 +12,7 @@
 namespace jax_router {
 
 inline constexpr int kUnroll = 4;  // loads of a warp that are under way together
+inline constexpr int kTurn = kUnroll * kWarpSize;
 
 // ---- the entries of a row ----
 
@@ -21,10 +22,10 @@ struct Entries {
   int64_t end;  // of the valid tokens
   uint32_t num_experts;
 
-  // The expert of an entry, -1 if it is dropped.
+  // The expert of an entry, -1 if it is dropped. The experts may have been written by this launch.
   __device__ __forceinline__ int32_t load(int64_t i) const {
     if (i >= end) return -1;
-    const int32_t e = __ldcg(experts + i);  // may be of this launch
+    const int32_t e = __ldcg(experts + i);
     // An unsigned comparison refuses negative experts, too.
     if (static_cast<uint32_t>(e) >= num_experts) return -1;
     return mask == nullptr || mask[e] ? e : -1;
@@ -37,30 +38,39 @@ __device__ __forceinline__ Entries entries_of(const Blocks& call, int64_t row) {
           call.valid_tokens(row) * call.k, static_cast<uint32_t>(call.num_experts)};
 }
 
-// Calls body(entry, expert, peers) for the entries [begin, end) of a warp, a lane each, in order;
-// `peers` are the lanes with the same expert. Past the end the expert is -1.
-template <typename Body>
-__device__ __forceinline__ void for_each_entry(const Entries& entries, int64_t begin, int64_t end,
-                                               Body body) {
-  const int lane = threadIdx.x % kWarpSize;
-  for (int64_t base = begin; base < end; base += kUnroll * kWarpSize) {
-    int32_t expert[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t i = base + u * kWarpSize + lane;
-      expert[u] = i < end ? entries.load(i) : -1;
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (base + u * kWarpSize >= end) break;
-      body(base + u * kWarpSize + lane, expert[u], __match_any_sync(kAllLanes, expert[u]));
-    }
-  }
-}
-
 __device__ __forceinline__ bool leads(unsigned peers) {
   return __ffs(peers) - 1 == static_cast<int>(threadIdx.x % kWarpSize);
 }
+
+// A warp's turn: entries begin + u * 32 + lane, and the number of each among those of its expert
+// that the warp has seen.
+struct Turn {
+  int32_t expert[kUnroll];
+  int32_t rank[kUnroll];
+
+  __device__ __forceinline__ void load(const Entries& entries, int64_t begin, int64_t end) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t i = begin + u * kWarpSize + threadIdx.x % kWarpSize;
+      expert[u] = i < end ? entries.load(i) : -1;
+    }
+  }
+  // `seen`: how many entries of each expert the warp has seen, brought up to date.
+  __device__ __forceinline__ void number(uint16_t* seen, int64_t count, int bits) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (u * kWarpSize >= count) break;
+      const unsigned peers = equal_lanes(static_cast<uint32_t>(expert[u]), bits);
+      const bool kept = expert[u] >= 0;
+      const int before = kept ? seen[expert[u]] : 0;
+      rank[u] = before + __popc(peers & lanes_below(lane));
+      __syncwarp();
+      if (kept && leads(peers)) seen[expert[u]] = static_cast<uint16_t>(before + __popc(peers));
+      __syncwarp();
+    }
+  }
+};
 
 // Sum over the threads before this one; `total` gets that over all of them.
 template <int kWarps>
@@ -75,22 +85,15 @@ __device__ __forceinline__ int32_t sum_before(int32_t value, int32_t* warp_sums,
   }
   if (lane == kWarpSize - 1) warp_sums[warp] = inclusive;
   __syncthreads();
-  int32_t before = 0;
-  int32_t all = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    const int32_t sum = warp_sums[w];
-    before += w < warp ? sum : 0;
-    all += sum;
-  }
-  *total = all;
-  return before + inclusive - value;
+  const int32_t sum = lane < kWarps ? warp_sums[lane] : 0;
+  *total = __reduce_add_sync(kAllLanes, sum);
+  return __reduce_add_sync(kAllLanes, lane < warp ? sum : 0) + inclusive - value;
 }
 
 // ---- what a block of threads knows of each expert, in shared memory ----
 
 struct Table {
-  int64_t stride;   // experts, rounded up to whole words
+  int stride;       // experts, rounded up to whole words
   int32_t* start;   // [E + 1] first position of each, then the number of positions in use
   int32_t* known;   // [E] entries of the row; of a row in chunks, those of the chunks before
   uint16_t* local;  // [E] number among the experts of the mask
@@ -106,7 +109,7 @@ inline int64_t table_bytes(int64_t experts, int warps) {
 
 __device__ __forceinline__ Table table_of(int32_t* shared, int64_t experts) {
   Table table;
-  table.stride = even(experts);
+  table.stride = static_cast<int>(even(experts));
   table.start = shared;
   table.known = table.start + experts + 1;
   table.local = reinterpret_cast<uint16_t*>(table.known + experts);
@@ -114,33 +117,24 @@ __device__ __forceinline__ Table table_of(int32_t* shared, int64_t experts) {
   return table;
 }
 
-// The entries that each warp owns of [first, last).
-__device__ __forceinline__ int64_t entries_of_warp(int64_t first, int64_t last, int warps) {
-  const int64_t each = (last - first + warps - 1) / warps;
-  return (each + kWarpSize - 1) / kWarpSize * kWarpSize;
-}
+// What a block of threads works on: the entries [first, last) of a row, at most `most`, by `warps`
+// of its warps, `each` of them each.
+struct Piece {
+  int64_t first;
+  int64_t last;
+  int each;
+
+  __device__ __forceinline__ Piece(int64_t first, int64_t last, int most, int warps)
+      : first(first), last(last) {
+    each = ((most + warps - 1) / warps + kWarpSize - 1) / kWarpSize * kWarpSize;
+  }
+  __device__ __forceinline__ int64_t begin() const {
+    return first + static_cast<int64_t>(warp_index()) * each;
+  }
+  __device__ __forceinline__ int64_t end() const { return min(begin() + each, last); }
+};
 
 // ---- phases; a barrier stands between each and the next ----
-
-template <int kWarps>
-__device__ __forceinline__ void count_by_warp(const Entries& entries, const Table& table,
-                                              int64_t first, int64_t last, int warps) {
-  constexpr int kThreads = kWarps * kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  uint32_t* words = reinterpret_cast<uint32_t*>(table.ranks);
-  for (int64_t i = threadIdx.x; i < warps * table.stride / 2; i += kThreads) words[i] = 0;
-  __syncthreads();
-  if (warp >= warps) return;
-  const int64_t each = entries_of_warp(first, last, warps);
-  const int64_t begin = first + warp * each;
-  const int64_t valid = last < entries.end ? last : entries.end;
-  const int64_t end = begin + each < valid ? begin + each : valid;
-  uint16_t* counts = table.ranks + warp * table.stride;
-  for_each_entry(entries, begin, end, [&](int64_t, int32_t expert, unsigned peers) {
-    if (expert >= 0 && leads(peers)) counts[expert] += static_cast<uint16_t>(__popc(peers));
-    __syncwarp();
-  });
-}
 
 // Fills the rest of the table. `chunk` < 0: the block of threads has counted the whole row.
 template <int kWarps>
@@ -171,7 +165,7 @@ __device__ __forceinline__ void sum_up(const Blocks& call, const Table& table, i
   // Each thread takes neighbours, so that sums over threads are in the order of the experts.
   const int each = (experts + kThreads - 1) / kThreads;
   const int begin = threadIdx.x * each;
-  const int end = begin + each < experts ? begin + each : experts;
+  const int end = min(begin + each, experts);
   int32_t blocks = 0;
   int32_t kept = 0;
   for (int e = begin; e < end; ++e) {
@@ -194,117 +188,135 @@ __device__ __forceinline__ void sum_up(const Blocks& call, const Table& table, i
   }
 }
 
-// Writes the entries of this warp.
-__device__ __forceinline__ void scatter(const Blocks& call, const Entries& entries,
-                                        const Table& table, int64_t row, bool chunked,
-                                        int64_t first, int64_t last, int warps) {
-  const int warp = threadIdx.x / kWarpSize;
-  const int lane = threadIdx.x % kWarpSize;
-  const int64_t each = entries_of_warp(first, last, warps);
-  const int64_t begin = first + warp * each;
-  const int64_t end = begin + each < last ? begin + each : last;
-  const float* weights = call.weights + row * call.entries();
-  int32_t* inverse = call.inverse + row * call.entries();
-  int32_t* ids = call.ids + row * call.positions;
-  float* sorted_weights = call.sorted_weights + row * call.positions;
-  uint16_t* next = table.ranks + warp * table.stride;
-  const bool packed = call.layout == BlockLayout::kPacked;
-  const uint32_t k = static_cast<uint32_t>(call.k);
-  for_each_entry(entries, begin, end, [&](int64_t i, int32_t expert, unsigned peers) {
-    int32_t position = -1;
-    uint16_t rank = 0;
-    if (expert >= 0) {
-      rank = next[expert];
-      position = table.start[expert] + rank + __popc(peers & lanes_below(lane));
-      if (chunked) position += table.known[expert];
-    }
-    __syncwarp();
-    if (expert >= 0 && leads(peers)) next[expert] = static_cast<uint16_t>(rank + __popc(peers));
-    __syncwarp();
-    if (i >= end) return;
+// Where the entries of a row go.
+struct Places {
+  int32_t* ids;
+  float* sorted_weights;
+  int32_t* inverse;
+  const float* weights;
+  uint32_t k;
+  bool packed;
+
+  __device__ __forceinline__ Places(const Blocks& call, int64_t row)
+      : ids(call.ids + row * call.positions),
+        sorted_weights(call.sorted_weights + row * call.positions),
+        inverse(call.inverse + row * call.entries()),
+        weights(call.weights + row * call.entries()),
+        k(static_cast<uint32_t>(call.k)),
+        packed(call.layout == BlockLayout::kPacked) {}
+
+  __device__ __forceinline__ void write(int64_t i, int32_t position) const {
     inverse[i] = position;
     if (position < 0) return;
     const uint32_t entry = static_cast<uint32_t>(i);
     ids[position] = packed ? Blocks::packed_id(entry / k, entry % k) : static_cast<int32_t>(entry);
     sorted_weights[position] = __ldcg(weights + i);
-  });
-}
+  }
+  // The entries of a turn; `add(expert)` is what their ranks lack.
+  template <typename Add>
+  __device__ __forceinline__ void write(const Turn& turn, int64_t begin, int64_t end,
+                                        Add add) const {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t i = begin + u * kWarpSize + threadIdx.x % kWarpSize;
+      if (i >= end) break;
+      const int32_t expert = turn.expert[u];
+      write(i, expert < 0 ? -1 : turn.rank[u] + add(expert));
+    }
+  }
+};
 
 // Writes what belongs to no entry: one part of `parts` of it.
 template <int kWarps>
 __device__ __forceinline__ void fill(const Blocks& call, const Table& table, int64_t row,
-                                     bool chunked, bool masked, int64_t part, int64_t parts) {
+                                     bool masked, int part, int parts) {
   constexpr int kThreads = kWarps * kWarpSize;
   const int experts = static_cast<int>(call.num_experts);
+  const int block_size = static_cast<int>(call.block_size);
+  const int positions = static_cast<int>(call.positions);
+  const int blocks = positions / block_size;
+  const int lane = threadIdx.x % kWarpSize;
   const int64_t n = call.valid_tokens(row);
   const int32_t pad = call.pad_id(n);
   int32_t* ids = call.ids + row * call.positions;
   float* weights = call.sorted_weights + row * call.positions;
+  int32_t* block_experts = call.block_experts + row * blocks;
   const int32_t used = table.start[experts];
   if (part == 0 && threadIdx.x == 0) {
     call.num_padded[row] = used;
     call.num_tokens[row] = static_cast<int32_t>(n);
   }
-  const int64_t warp = part * kWarps + threadIdx.x / kWarpSize;
-  const int32_t* totals = chunked ? call.chunk_counts(row, call.chunks) : table.known;
-  for (int64_t e = warp; e < experts; e += parts * kWarps) {
-    const int64_t end = table.start[e + 1];
-    for (int64_t i = table.start[e] + totals[e] + threadIdx.x % kWarpSize; i < end;
-         i += kWarpSize) {
+  const int32_t* totals = call.chunks > 1 ? call.chunk_counts(row, call.chunks) : table.known;
+  const int warp = part * kWarps + static_cast<int>(threadIdx.x / kWarpSize);
+  for (int e = warp; e < experts; e += parts * kWarps) {
+    const int begin = table.start[e];
+    const int end = table.start[e + 1];
+    if (begin == end) continue;
+    for (int i = begin + totals[e] + lane; i < end; i += kWarpSize) {
       ids[i] = pad;
       weights[i] = 0.0f;
     }
+    const int32_t expert = masked ? table.local[e] : e;
+    for (int b = begin / block_size + lane; b < end / block_size; b += kWarpSize) {
+      block_experts[b] = expert;
+    }
   }
-  const int64_t thread = part * kThreads + threadIdx.x;
-  const int64_t threads = parts * kThreads;
-  for (int64_t i = used + thread; i < call.positions; i += threads) {
+  const int thread = part * kThreads + static_cast<int>(threadIdx.x);
+  for (int64_t i = int64_t{used} + thread; i < positions; i += parts * kThreads) {
     ids[i] = pad;
     weights[i] = 0.0f;
   }
-  const int64_t blocks = call.positions / call.block_size;
-  int32_t* block_experts = call.block_experts + row * blocks;
-  for (int64_t block = thread; block < blocks; block += threads) {
-    const int64_t position = block * call.block_size;
-    int32_t expert = -1;
-    if (position < used) {
-      // The last expert that starts here or before: those without entries start with the next.
-      int low = 0;
-      int high = experts;
-      while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        if (table.start[middle] <= position) {
-          low = middle;
-        } else {
-          high = middle;
-        }
-      }
-      expert = masked ? table.local[low] : low;
-    }
-    block_experts[block] = expert;
+  for (int b = used / block_size + thread; b < blocks; b += parts * kThreads) {
+    block_experts[b] = -1;
   }
 }
 
-// Writes a part of the plan of a row, by all threads of a block. `warps` of them own entries; where
-// there is one chunk, each part counts all entries, else its own chunk of them.
+// Writes a part of the plan of a row, by all threads of a block. `warps` of them own entries. A row
+// of one chunk is counted by every part; else each part has its own chunk of `chunk_entries`.
 template <int kWarps>
-__device__ __forceinline__ void write_blocks(const Blocks& call, int64_t row, int64_t part,
-                                             int64_t parts, int warps, int32_t* shared) {
+__device__ __forceinline__ void write_blocks(const Blocks& call, int64_t row, int part, int parts,
+                                             int chunk_entries, int warps, int32_t* shared) {
+  constexpr int kThreads = kWarps * kWarpSize;
   __shared__ int32_t warp_sums[2 * kWarps];
   const Table table = table_of(shared, call.num_experts);
   const bool chunked = call.chunks > 1;
-  const int64_t first = chunked ? part * call.chunk_entries() : 0;
-  const int64_t limit = first + call.chunk_entries();
-  const int64_t last = limit < call.entries() ? limit : call.entries();
   const Entries entries = entries_of(call, row);
-  count_by_warp<kWarps>(entries, table, first, last, warps);
+  const int64_t first = chunked ? static_cast<int64_t>(part) * chunk_entries : 0;
+  const Piece piece(first, min(first + chunk_entries, call.entries()), chunk_entries, warps);
+  const int warp = warp_index();
+  const int bits = bits_of(static_cast<uint32_t>(call.num_experts));
+  uint16_t* seen = table.ranks + warp * table.stride;
+  uint32_t* words = reinterpret_cast<uint32_t*>(table.ranks);
+  const bool owns = warp < warps;
+  // Most often the entries of a warp are one turn, which stays in registers.
+  const bool single = piece.each <= kTurn;
+  Turn turn;
+  if (owns) turn.load(entries, piece.begin(), piece.end());
+  for (int i = threadIdx.x; i < warps * table.stride / 2; i += kThreads) words[i] = 0;
+  __syncthreads();
+  if (owns) {
+    for (int64_t begin = piece.begin(); begin < piece.end(); begin += kTurn) {
+      if (begin > piece.begin()) turn.load(entries, begin, piece.end());
+      turn.number(seen, piece.end() - begin, bits);
+    }
+  }
   __syncthreads();
   sum_up<kWarps>(call, table, row, chunked ? part : -1, warps, entries.mask, warp_sums);
   __syncthreads();
-  const int warp = threadIdx.x / kWarpSize;
-  if (warp < warps && (chunked || warp % parts == part)) {
-    scatter(call, entries, table, row, chunked, first, last, warps);
+  if (owns && (chunked || warp % parts == part)) {
+    const Places places(call, row);
+    for (int64_t begin = piece.begin(); begin < piece.end(); begin += kTurn) {
+      if (!single) {
+        turn.load(entries, begin, piece.end());
+        turn.number(seen, piece.end() - begin, bits);
+      }
+      places.write(turn, begin, piece.end(), [&](int32_t expert) {
+        return table.start[expert] + (chunked ? table.known[expert] : 0) +
+               (single ? seen[expert] : 0);
+      });
+    }
   }
-  fill<kWarps>(call, table, row, chunked, entries.mask != nullptr, part, parts);
+  fill<kWarps>(call, table, row, entries.mask != nullptr, part, parts);
 }
 
 }  // namespace jax_router

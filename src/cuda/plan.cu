@@ -1,13 +1,14 @@
 // `plan` in CUDA: a counting sort. A batch row of few entries is one block's work. Otherwise one
 // launch counts the groups of every block of entries, one turns the counts into how many entries of
 // a group lie in the blocks before, and one places the entries. Within a block each warp owns a
-// stretch of entries and counters of its own, and lanes of one group find each other by
-// `__match_any_sync`: no atomic decides a position, and many entries of one group cost no more.
+// stretch of entries and counters of its own, and lanes of one group find each other by ballots: no
+// atomic decides a position, and many entries of one group cost no more.
 
 #include <cstdint>
 
 #include "plan.h"
 #include "route.h"
+#include "sums.cuh"
 #include "warp.cuh"
 
 namespace jax_router {
@@ -15,20 +16,18 @@ namespace {
 
 constexpr int kWholeThreads = 1024;
 constexpr int kBlockThreads = 512;
-constexpr int kUnroll = 4;  // ids that a thread reads before it uses them
-// A block of the scan takes as many groups, a lane each, as it takes stretches of blocks, a warp
-// each.
-constexpr int kScanStretches = kWarpSize;
-constexpr int kScanThreads = kWarpSize * kScanStretches;
+constexpr int kUnroll = 4;             // ids that a thread reads before it uses them
 constexpr int64_t kStaticBytes = 256;  // at most, of shared memory
 
 // ---- entries of a warp ----
 
 // Calls f(i, group, peers, inside) for i = lane, lane + 32 ... while any lane has i < size. `peers`
-// are the lanes whose entry is of the same group; the group of a lane that has none is its own.
+// are the lanes whose entry is of the same group; the lanes that have none have a group of their
+// own.
 template <typename F>
 __device__ __forceinline__ void for_groups(const int32_t* ids, int size, uint32_t experts, int lane,
                                            F f) {
+  const int bits = bits_of(experts + 1);  // all of them: the group past the end
   for (int start = 0; start < size; start += kUnroll * kWarpSize) {
     uint32_t group[kUnroll];
 #pragma unroll
@@ -40,7 +39,7 @@ __device__ __forceinline__ void for_groups(const int32_t* ids, int size, uint32_
     for (int u = 0; u < kUnroll; ++u) {
       const int i = start + u * kWarpSize + lane;
       if (i - lane >= size) break;
-      f(i, group[u], __match_any_sync(kAllLanes, group[u]), i < size);
+      f(i, group[u], equal_lanes(group[u], bits), i < size);
     }
   }
 }
@@ -50,15 +49,6 @@ __device__ __forceinline__ bool is_first(unsigned peers, int lane) {
 }
 
 // ---- sums ----
-
-__device__ __forceinline__ int32_t inclusive_sum(int32_t value, int lane) {
-#pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const int32_t other = __shfl_up_sync(kAllLanes, value, distance);
-    if (lane >= distance) value += other;
-  }
-  return value;
-}
 
 // Replaces each value by the sum of those before it. The whole block takes part; it must wait
 // before and after.
@@ -81,25 +71,6 @@ __device__ __forceinline__ void exclusive_sums(int32_t* values, int size, int32_
     values[i] = running;
     running += value;
   }
-}
-
-// Replaces each of `size` counts by the sum of `running` and those before it; gives the whole sum.
-template <typename T>
-__device__ __forceinline__ int32_t sum_over(T* counts, int64_t stride, int64_t size,
-                                            int32_t running) {
-  for (int64_t start = 0; start < size; start += kUnroll) {
-    int32_t count[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      count[u] = start + u < size ? counts[(start + u) * stride] : 0;
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (start + u < size) counts[(start + u) * stride] = static_cast<T>(running);
-      running += count[u];
-    }
-  }
-  return running;
 }
 
 // ---- kernels ----
@@ -137,41 +108,6 @@ __global__ void __launch_bounds__(kBlockThreads)
     for (int c = threadIdx.x; c < columns; c += kBlockThreads) {
       call.counts[block * columns + c] = counts[c];
     }
-    __syncthreads();
-  }
-}
-
-// Replaces the counts of each block by those of the blocks before it, and writes their sums.
-__global__ void __launch_bounds__(kScanThreads) plan_scan_kernel(const PlanCall call) {
-  __shared__ int32_t sums[kScanStretches][kWarpSize + 1];
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  const int64_t columns = call.experts + 1;
-  const int64_t tiles = (columns + kWarpSize - 1) / kWarpSize;
-  const int64_t stretch = (call.blocks + kScanStretches - 1) / kScanStretches;
-  const int64_t begin = warp * stretch;
-  const int64_t end = begin + stretch < call.blocks ? begin + stretch : call.blocks;
-  for (int64_t tile = blockIdx.x; tile < call.batch * tiles; tile += gridDim.x) {
-    const int64_t row = tile / tiles;
-    const int64_t first = tile % tiles * kWarpSize;
-    const bool inside = first + lane < columns;
-    int32_t* column = call.counts + row * call.blocks * columns + first + lane;
-    int32_t sum = 0;
-    if (inside) {
-#pragma unroll 4
-      for (int64_t b = begin; b < end; ++b) sum += column[b * columns];
-    }
-    sums[warp][lane] = sum;
-    __syncthreads();
-    // A warp sums up a column, a lane for each stretch.
-    const int32_t own = sums[lane][warp];
-    const int32_t inclusive = inclusive_sum(own, lane);
-    sums[lane][warp] = inclusive - own;
-    if (lane == kWarpSize - 1 && first + warp < call.experts) {
-      call.group_sizes[row * call.experts + first + warp] = inclusive;
-    }
-    __syncthreads();
-    if (inside) sum_over<int32_t>(column + begin * columns, columns, end - begin, sums[warp][lane]);
     __syncthreads();
   }
 }
@@ -291,9 +227,9 @@ cudaError_t launch_plan(const PlanCall& call, cudaStream_t stream) {
                     static_cast<int>(columns * static_cast<int64_t>(sizeof(int32_t))), stream, call,
                     block_entries);
   if (status != cudaSuccess) return status;
-  const int64_t tiles = (columns + kWarpSize - 1) / kWarpSize;
-  status =
-      launch_blocks(plan_scan_kernel, grid_of(call.batch * tiles), kScanStretches, 0, stream, call);
+  status = launch_sum_chunks({call.counts, call.batch, call.blocks, columns, call.blocks * columns,
+                              call.group_sizes, call.experts, call.experts},
+                             stream);
   if (status != cudaSuccess) return status;
   return launch_place<false, kBlockThreads>(call, block_entries, stream);
 }

@@ -20,7 +20,7 @@ constexpr int kClusterBlocks = 8;  // the most that every device with clusters h
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int64_t kMostTokens = 4 * kClusterBlocks * kWarps;  // beyond, two kernels are faster
-constexpr int64_t kMostEntries = 8192;
+constexpr int64_t kMostEntries = 2048;                        // of one chunk
 constexpr int64_t kMostInRegisters = 512;
 constexpr int64_t kMostListed = 48;
 constexpr int64_t kBytesOfThread = 64;  // of zeros
@@ -46,6 +46,7 @@ int64_t shared_bytes(const RouteForward& call, const RouteOptions& options) {
   return std::max(table_bytes(call.experts, kWarps), kWarps * row);
 }
 
+// Whether one kernel takes so many tokens of a batch row.
 bool fits(const RouteForward& call, const RouteOptions& options, int64_t tokens,
           const DeviceLimits& limits) {
   return limits.has_clusters && tokens <= kMostTokens && tokens * options.k <= kMostEntries &&
@@ -108,7 +109,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   wait_for_cluster();
-  write_blocks<kWarps>(call.blocks, row, part, kClusterBlocks, kWarps,
+  write_blocks<kWarps>(call.blocks, row, part, kClusterBlocks,
+                       static_cast<int>(call.blocks.entries()), kWarps,
                        reinterpret_cast<int32_t*>(shared));
 }
 
@@ -151,7 +153,8 @@ cudaError_t launch_chain(const RouteAndPlanBlocks& call, const RouteOptions& opt
 cudaError_t launch_route_and_plan_blocks(const RouteAndPlanBlocks& call,
                                          const RouteOptions& options, cudaStream_t stream) {
   const DeviceLimits limits = device_limits();
-  if (call.blocks.batch == 0 || !fits(call.route, options, call.blocks.tokens, limits)) {
+  if (call.blocks.batch == 0 || call.blocks.chunks > 1 ||
+      !fits(call.route, options, call.blocks.tokens, limits)) {
     return launch_chain(call, options, stream);
   }
   RouteAndPlanBlocks checked = call;

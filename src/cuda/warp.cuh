@@ -26,6 +26,22 @@ __device__ __forceinline__ int warp_index() {
 
 __device__ __forceinline__ unsigned lanes_below(int lane) { return (1u << lane) - 1u; }
 
+// Bits of the numbers up to `most`.
+__device__ __forceinline__ int bits_of(uint32_t most) { return 32 - __clz(static_cast<int>(most)); }
+
+// The lanes with the same value below 2**bits. __match_any_sync takes as long as there are
+// different values, this always as long as there are bits.
+__device__ __forceinline__ unsigned equal_lanes(uint32_t value, int bits) {
+  unsigned peers = kAllLanes;
+#pragma unroll 4
+  for (int b = 0; b < bits; ++b) {
+    const bool set = (value >> b & 1) != 0;
+    const unsigned ballot = __ballot_sync(kAllLanes, set);
+    peers &= set ? ballot : ~ballot;
+  }
+  return peers;
+}
+
 // ---- shared memory by its own addresses, which fit one register ----
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -265,9 +281,11 @@ cudaError_t launch_rows(Kernel kernel, int64_t rows, int64_t bytes_per_warp, cud
   return cudaGetLastError();
 }
 
+inline constexpr int64_t kMostGridRows = 65535;  // gridDim.y; more are looped over
+
 // A launch of blocks of so many warps with `bytes` of shared memory.
 template <typename Kernel, typename... Args>
-cudaError_t launch_blocks(Kernel kernel, unsigned blocks, int warps, int bytes, cudaStream_t stream,
+cudaError_t launch_blocks(Kernel kernel, dim3 blocks, int warps, int bytes, cudaStream_t stream,
                           const Args&... args) {
   if (bytes > 0) {
     const cudaError_t status =
