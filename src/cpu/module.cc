@@ -11,6 +11,8 @@
 #include "parallel.h"
 #include "permute.h"
 #include "permute_ffi.h"
+#include "plan.h"
+#include "plan_ffi.h"
 #include "route.h"
 #include "route_ffi.h"
 #include "scores.h"
@@ -246,6 +248,22 @@ XLA_FFI_DEFINE_HANDLER(kCombine, combine, bind_combine<ffi::ThreadPool>());
 XLA_FFI_DEFINE_HANDLER(kCombineBackward, combine_backward,
                        bind_combine_backward<ffi::ThreadPool>());
 
+// ---- plan ----
+
+ffi::Future plan(ffi::ThreadPool pool, ffi::AnyBuffer ids, ffi::Result<ffi::AnyBuffer> order,
+                 ffi::Result<ffi::AnyBuffer> inverse, ffi::Result<ffi::AnyBuffer> group_sizes,
+                 ffi::Result<ffi::AnyBuffer> counts) {
+  PlanCall call;
+  ffi::Error error = decode_plan(ids, *order, *inverse, *group_sizes, *counts, &call);
+  if (error.failure()) return finished(std::move(error));
+  return parallel_rows(pool, call.batch, plan_cost(call), [call](int64_t begin, int64_t end) {
+    const Scratch scratch(plan_scratch_bytes(call));
+    run_plan(call, begin, end, scratch.data());
+  });
+}
+
+XLA_FFI_DEFINE_HANDLER(kPlan, plan, bind_plan<ffi::ThreadPool>());
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -263,6 +281,7 @@ nb::dict handlers() {
   table["permute_backward"] = nb::capsule(reinterpret_cast<void*>(kPermuteBackward));
   table["combine"] = nb::capsule(reinterpret_cast<void*>(kCombine));
   table["combine_backward"] = nb::capsule(reinterpret_cast<void*>(kCombineBackward));
+  table["plan"] = nb::capsule(reinterpret_cast<void*>(kPlan));
   return table;
 }
 

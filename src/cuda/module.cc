@@ -11,6 +11,8 @@
 #include "ffi.h"
 #include "permute.h"
 #include "permute_ffi.h"
+#include "plan.h"
+#include "plan_ffi.h"
 #include "route.h"
 #include "route_ffi.h"
 #include "scores.h"
@@ -192,6 +194,18 @@ XLA_FFI_DEFINE_HANDLER(kCombine, combine, bind_combine<Stream>(),
 XLA_FFI_DEFINE_HANDLER(kCombineBackward, combine_backward, bind_combine_backward<Stream>(),
                        {ffi::Traits::kCmdBufferCompatible});
 
+// ---- plan ----
+
+ffi::Error plan(cudaStream_t stream, ffi::AnyBuffer ids, ffi::Result<ffi::AnyBuffer> order,
+                ffi::Result<ffi::AnyBuffer> inverse, ffi::Result<ffi::AnyBuffer> group_sizes,
+                ffi::Result<ffi::AnyBuffer> counts) {
+  PlanCall call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_plan(ids, *order, *inverse, *group_sizes, *counts, &call));
+  return launch_result("plan", launch_plan(call, stream));
+}
+
+XLA_FFI_DEFINE_HANDLER(kPlan, plan, bind_plan<Stream>(), {ffi::Traits::kCmdBufferCompatible});
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -209,6 +223,7 @@ nb::dict handlers() {
   table["permute_backward"] = nb::capsule(reinterpret_cast<void*>(kPermuteBackward));
   table["combine"] = nb::capsule(reinterpret_cast<void*>(kCombine));
   table["combine_backward"] = nb::capsule(reinterpret_cast<void*>(kCombineBackward));
+  table["plan"] = nb::capsule(reinterpret_cast<void*>(kPlan));
   return table;
 }
 
