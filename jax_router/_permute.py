@@ -294,9 +294,12 @@ _bind_combine_backward = _make(
 # ---- the differentiable functions ----
 
 
-def _save_plan(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """Named inside the rule of a custom_vjp, or jax.checkpoint would sort again in the backward."""
-  return tuple(checkpoint_name(x, _operands.CHECKPOINT_NAME) for x in arrays)
+def _named(x: jax.Array) -> jax.Array:
+  """Part of a plan by the name to save it under.
+
+  Named before the forward uses it, or where jax.checkpoint repeats that, it would sort again.
+  """
+  return checkpoint_name(x, _operands.CHECKPOINT_NAME)
 
 
 def _run_permute(implementation: str | None, x, inverse, group_sizes):
@@ -310,7 +313,8 @@ def _permute(implementation: str | None, x, inverse, group_sizes):
 
 
 def _permute_forward(implementation: str | None, x, inverse, group_sizes):
-  return _run_permute(implementation, x, inverse, group_sizes), _save_plan(inverse, group_sizes)
+  plan = _named(inverse), _named(group_sizes)
+  return _run_permute(implementation, x, *plan), plan
 
 
 def _permute_backward(implementation: str | None, plan, cotangent):
@@ -341,10 +345,10 @@ def _combine(implementation: str | None, y, weights, inverse, group_sizes):
 
 
 def _combine_forward(implementation: str | None, y, weights, inverse, group_sizes):
-  result = _run_combine(implementation, y.value, weights.value, inverse.value, group_sizes.value)
+  saved_inverse, saved_sizes = _named(inverse.value), _named(group_sizes.value)
+  result = _run_combine(implementation, y.value, weights.value, saved_inverse, saved_sizes)
   rows = y.value if weights.perturbed else None
   saved_weights = weights.value if y.perturbed else None
-  saved_inverse, saved_sizes = _save_plan(inverse.value, group_sizes.value)
   return result, _Residuals(saved_inverse, saved_sizes, rows, saved_weights)
 
 

@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 import jax_router
 from jax_router import Plan, _native, combine, permute
 from oracle_permute import make_experts, make_plan, make_rows
-from programs import assert_equal, assert_same, calls, loop
+from programs import assert_equal, calls, loop
 
 EXPERTS = 5
 
@@ -44,6 +44,13 @@ def loss(x, weights, plan, implementation=None):
 
 
 gradient = jax.grad(loss, (0, 1))
+
+
+def assert_close(got, want):
+  """Equal trees but for what XLA rounds otherwise in another program."""
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert a.shape == b.shape and a.dtype == b.dtype
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 
 
 def on_arrays(function):
@@ -85,7 +92,7 @@ def test_vmap_over_any_axis_and_operand_is_one_call(implementation, rng, rows, s
       continue
     out_axes = 0 if function is whole else out
     mapped = jax.vmap(function, in_axes, out_axes)
-    assert_same(jax.jit(mapped)(*args), loop(function, in_axes, out_axes, *args))
+    assert_close(jax.jit(mapped)(*args), loop(function, in_axes, out_axes, *args))
     if implementation == "cpu":
       counts = [calls(word, mapped, *args) for word in ("permute", "combine")]
       assert counts == [
@@ -98,14 +105,14 @@ def test_nested_vmap_and_gradient_of_vmap(rng):
   x, _, weights, plan = make_case(rng, 2, 3)
   nested = jax.vmap(jax.vmap(layer, 1, 1), 0, 0)
   turned = jax.tree.map(lambda a: jnp.swapaxes(a, 1, 2), (x, weights, plan))
-  assert_same(jnp.swapaxes(jax.jit(nested)(*turned), 1, 2), layer(x, weights, plan))
+  assert_close(jnp.swapaxes(jax.jit(nested)(*turned), 1, 2), layer(x, weights, plan))
 
   def nested_loss(x, weights):
     return jnp.sum(jnp.sin(3 * nested(x, weights, turned[2])))
 
   got = jax.jit(jax.grad(nested_loss, (0, 1)))(*turned[:2])
   want = gradient(x, weights, plan)
-  assert_same(tuple(jnp.swapaxes(g, 1, 2) for g in got), want)
+  assert_close(tuple(jnp.swapaxes(g, 1, 2) for g in got), want)
   function = jax.grad(nested_loss, (0, 1))
   assert [calls(word, function, *turned[:2]) for word in ("permute", "combine")] == [(1, 1)] * 2
 
@@ -136,7 +143,7 @@ def test_only_the_gradients_asked_for_are_computed(rng, argnums, of_rows, of_wei
   want = jax.grad(
     lambda *args: jnp.vdot(combine(*args, plan, implementation="reference"), cotangent), (0, 1)
   )(y, weights)
-  assert_same(got, want if argnums == (0, 1) else want[argnums])
+  assert_close(got, want if argnums == (0, 1) else want[argnums])
 
 
 def test_constant_weights_keep_no_rows(rng):
@@ -183,7 +190,7 @@ def test_checkpoint_with_the_names_does_not_sort_again(rng):
   want = jax.jit(differentiated(block))(x, weights, experts)
   for options, plans in (({"policy": save}, 1), ({}, 2)):
     again = differentiated(jax.checkpoint(block, **options))
-    assert_same(jax.jit(again)(x, weights, experts), want)
+    assert_close(jax.jit(again)(x, weights, experts), want)
     assert calls("plan", again, x, weights, experts)[0] == plans
     assert calls("combine", again, x, weights, experts)[1] == 1
 
@@ -206,7 +213,7 @@ def test_scan(rng):
   def scanned(x, weights):
     return jax.lax.scan(step, jnp.float32(0), (x, weights, plan))[1]
 
-  assert_same(jax.jit(scanned)(x, weights), by_hand(x, weights))
+  assert_close(jax.jit(scanned)(x, weights), by_hand(x, weights))
   got, want = (
     jax.jit(jax.grad(lambda *args, run=run: jnp.sum(jnp.sin(run(*args))), (0, 1)))(x, weights)
     for run in (scanned, by_hand)
@@ -332,8 +339,8 @@ def test_export_with_symbolic_tokens_and_two_platforms(rng):
   again = jax.export.deserialize(data)
   for size in (1, 7, 64):
     x, _, weights, plan = make_case(rng, tokens=size)
-    assert_same(again.call(x, weights, *plan), layer(x, weights, plan))
+    assert_close(again.call(x, weights, *plan), layer(x, weights, plan))
     got = jax.grad(lambda x, w, p: jnp.sum(jnp.sin(3 * again.call(x, w, *p))), (0, 1))(
       x, weights, plan
     )
-    assert_same(got, gradient(x, weights, plan))
+    assert_close(got, gradient(x, weights, plan))
