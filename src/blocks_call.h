@@ -1,9 +1,10 @@
-// A call of `blocks`: entries (a token's slots) sorted by expert, each expert's run padded to whole
-// blocks.
+// Calls of `blocks` (entries, a token's slots, sorted by expert, each expert's run padded to whole
+// blocks) and of `route_and_plan_blocks`.
 
 #ifndef JAX_ROUTER_BLOCKS_CALL_H_
 #define JAX_ROUTER_BLOCKS_CALL_H_
 
+#include <cstddef>
 #include <cstdint>
 
 #include "options.h"
@@ -59,6 +60,14 @@ struct Blocks {
   JAX_ROUTER_HOST_DEVICE static int32_t packed_id(int64_t token, int64_t slot) {
     return static_cast<int32_t>(static_cast<uint32_t>(slot) << 24 | static_cast<uint32_t>(token));
   }
+};
+
+// A call of `route_and_plan_blocks`: the routing, the plan made of it, and bytes to be cleared.
+struct RouteAndPlanBlocks {
+  RouteForward route;
+  Blocks blocks;
+  void* zeros;  // may be null
+  size_t zeros_bytes;
 };
 
 }  // namespace jax_router

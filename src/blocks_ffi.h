@@ -186,14 +186,6 @@ inline ffi::Error decode_blocks(const BlockAttributes& attributes, bool has_mask
   return ffi::Error::Success();
 }
 
-// A call of `route_and_plan_blocks`: the routing, the plan made of it, and bytes to be cleared.
-struct RouteAndPlanBlocks {
-  RouteForward route;
-  Blocks blocks;
-  void* zeros;  // may be null
-  size_t zeros_bytes;
-};
-
 // The same for a plan made of a routing in one call.
 inline ffi::Error decode_route_and_plan_blocks(
     const RouteOptions& options, bool has_bias, bool has_where, bool has_experts,
