@@ -14,6 +14,8 @@ from jax_router._options import DenseRouting as DenseRouting
 from jax_router._options import Groups as Groups
 from jax_router._options import RouterStats as RouterStats
 from jax_router._options import Routing as Routing
+from jax_router._permute import combine as combine
+from jax_router._permute import permute as permute
 from jax_router._plan import Plan as Plan
 from jax_router._plan import plan as plan
 from jax_router._route import route as route

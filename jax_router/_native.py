@@ -69,6 +69,13 @@ def platforms() -> dict[str, tuple[str, ...]]:
   return found
 
 
+def max_fused_tokens(experts: int, k: int, group_count: int, device: int) -> int:
+  """What the CUDA module says of `route_and_plan_blocks` on a GPU; 0 without the module."""
+  if "cuda" not in platforms():
+    return 0
+  return _import(_MODULES["cuda"]).max_fused_tokens(experts, k, group_count, device)
+
+
 @functools.cache
 def _has_gpu() -> bool:
   try:

@@ -11,7 +11,7 @@ import numpy as np
 from jax_router import _native, _options, _reference_plan
 from jax_router._primitive import Operation, Result, check_whole_tokens, make_primitive
 
-_MOST_EXPERTS = 2**31 - 2  # the index after the last one is an int32 too
+_MOST_EXPERTS = 2**24
 _MOST_ENTRIES = 2**31 - 1
 
 
@@ -59,8 +59,9 @@ def plan(
 
   Args:
     experts: `[..., T, k]` integer, as `route` gives it; T * k < 2**31.
-    num_experts: static E, 1 <= E <= 2**31 - 2.
-    implementation: None (best for the platform), "cpu", "cuda" or "reference" (plain JAX).
+    num_experts: static E, 1 <= E <= 2**24.
+    implementation: None (best for the platform), "cpu", "cuda" (up to 16384 experts; beyond that
+      None takes plain JAX on a GPU) or "reference" (plain JAX).
 
   Returns:
     `Plan(order [..., n], inverse [..., n], group_sizes [..., E])`, all int32.
@@ -84,7 +85,10 @@ def plan(
     _native.check_implementation(implementation)
   if implementation == "reference":
     return Plan(*_reference_plan.plan(experts, num_experts=num_experts))
-  return Plan(*_bind(experts, num_experts=num_experts, implementation=implementation))
+  order, inverse, group_sizes, _ = _bind(
+    experts, num_experts=num_experts, implementation=implementation
+  )
+  return Plan(order, inverse, group_sizes)
 
 
 def check_experts(word: str, name: str, experts: Any, num_experts: int) -> jax.Array:
@@ -97,7 +101,7 @@ def check_experts(word: str, name: str, experts: Any, num_experts: int) -> jax.A
   if experts.ndim < 2:
     raise ValueError(f"{name} must have shape [..., T, k], got {experts.shape}")
   tokens, k = experts.shape[-2:]
-  if isinstance(tokens, int) and tokens * k > _MOST_ENTRIES:
+  if isinstance(tokens * k, int) and tokens * k > _MOST_ENTRIES:
     raise ValueError(
       f"{name} must have at most {_MOST_ENTRIES} entries T * k in a plan, got shape {experts.shape}"
     )
@@ -113,18 +117,52 @@ def _narrowed(ids, num_experts: int, xp):
   return xp.where((ids >= 0) & (ids < num_experts), ids, num_experts).astype(xp.int32)
 
 
+# The blocks of entries that the CUDA kernels count on their own, and what one of them can hold; the
+# same as in src/plan_call.h.
+_MOST_WHOLE_ENTRIES = 2**14
+_MOST_BLOCK_ENTRIES = 2**15
+_ENOUGH_BLOCKS = 128  # about as many as a GPU has processors
+_FEWEST_BLOCK_ENTRIES = 512
+
+# Every supported GPU grants a block 99 KiB of shared memory, in which each expert takes 6 bytes.
+_MOST_ON_CUDA = 2**14
+
+
+def _blocks(entries: Any, num_experts: int) -> Any:
+  """Into how many blocks the entries of a batch row are cut, so that their counts find room."""
+  if not isinstance(entries, int):  # a symbolic dimension
+    return -(-entries // 2048)
+  if entries <= _MOST_WHOLE_ENTRIES:
+    return 0
+  wanted = min(_ENOUGH_BLOCKS, entries // _FEWEST_BLOCK_ENTRIES)
+  # Their counts take no more memory than the order and the inverse.
+  affordable = 2 * entries // (num_experts + 1)
+  return max(-(-entries // _MOST_BLOCK_ENTRIES), min(wanted, affordable))
+
+
+def _results(shapes, *, num_experts: int) -> list[Result]:
+  tokens, k = shapes[0][-2:]
+  blocks = _blocks(tokens * k, num_experts)
+  shapes = (tokens * k,), (tokens * k,), (num_experts,), (blocks, num_experts + 1)
+  return [Result(shape, np.dtype(np.int32)) for shape in shapes]
+
+
+def _reference(experts: jax.Array, *, num_experts: int) -> tuple[jax.Array, ...]:
+  """The plan, and nothing in the place of the counts."""
+  *batch, tokens, k = experts.shape
+  counts = jnp.zeros((*batch, _blocks(tokens * k, num_experts), num_experts + 1), jnp.int32)
+  return *_reference_plan.plan(experts, num_experts=num_experts), counts
+
+
 _bind = make_primitive(
   Operation(
     name="plan",
     batch_ndim=lambda shapes, **_: len(shapes[0]) - 2,
-    results=lambda shapes, *, num_experts: [
-      Result((shapes[0][-2] * shapes[0][-1],), np.dtype(np.int32)),
-      Result((shapes[0][-2] * shapes[0][-1],), np.dtype(np.int32)),
-      Result((num_experts,), np.dtype(np.int32)),
-    ],
+    results=_results,
     attributes=lambda **_: {},
-    reference=_reference_plan.plan,
-    tangents=lambda *_, **__: [None, None, None],
+    reference=_reference,
+    tangents=lambda *_, **__: [None] * 4,
+    runs_on=lambda platform, _, *, num_experts: platform == "cpu" or num_experts <= _MOST_ON_CUDA,
     whole_tokens=True,
   )
 )

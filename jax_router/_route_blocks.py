@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_router import _blocks, _operands, _options, _reference, _reference_blocks, _route
+from jax_router import _blocks, _native, _operands, _options, _reference, _reference_blocks, _route
 from jax_router._blocks import BlockPlan
 from jax_router._operands import CHECKPOINT_NAME
 from jax_router._options import Groups, RouteOptions, Routing
@@ -107,29 +107,41 @@ def route_and_plan_blocks(
   return (routing, plan) if zeros is None else (routing, plan, rest[4])
 
 
-def max_fused_tokens(num_experts: int, k: int, *, device: Any = None) -> int:
+def max_fused_tokens(
+  num_experts: int, k: int, *, groups: Groups | None = None, device: jax.Device | None = None
+) -> int:
   """Up to how many tokens `route_and_plan_blocks` is one kernel; 0 where there is none.
+
+  On NVIDIA GPUs that takes clusters of thread blocks (compute capability 9 or 10), and room for the
+  rows of the tokens in shared memory.
 
   Args:
     num_experts: E.
     k: experts for each token, 1 <= k <= E.
-    device: the `jax.Device` where it runs; by default one of the default backend.
+    groups: as in `jax_router.route`.
+    device: the `jax.Device` where it runs; by default the first of the default backend.
 
   Returns:
     The largest number of tokens in a batch row. More than that take two kernels, with the same
     results.
 
   Raises:
-    TypeError, ValueError: a number that is not an integer, or out of range.
+    TypeError, ValueError: a number that is not an integer, or out of range; groups that do not fit.
   """
   num_experts = _options.check_int("num_experts", num_experts, 1, 2**31 - 1)
-  k = _options.check_int("k", k, 1, num_experts, "num_experts")
-  return _most_tokens(jax.default_backend() if device is None else device.platform, k)
+  options = _options.route_options(num_experts, k, "softmax", True, 1.0, groups)
+  device = jax.devices()[0] if device is None else device
+  if device.platform == "cpu":
+    return _most_on_cpu(options.k)
+  if device.platform != "gpu":
+    return 0
+  count = 0 if groups is None else groups.count
+  return _native.max_fused_tokens(num_experts, options.k, count, device.local_hardware_id)
 
 
-def _most_tokens(platform: str, k: int) -> int:
-  # Of more entries than one chunk holds, the sort of the CPU has several threads to write them.
-  return _blocks.MOST_OF_ONE_CHUNK // k if platform == "cpu" else 0
+def _most_on_cpu(k: int) -> int:
+  # Of more entries than one chunk holds, the sort has several threads to write them.
+  return _blocks.MOST_OF_ONE_CHUNK // k
 
 
 class _Static(NamedTuple):
@@ -206,8 +218,13 @@ def _tangents(operands, results, tangents, *, options, **_: Any):
   return [weights_dot, None, normalizer_dot, None, sorted_dot, *absent]
 
 
-def _runs_on(platform: str, avals, *, options: RouteOptions, **_: Any) -> bool:
-  return avals[0].shape[-2] <= _most_tokens(platform, options.k)
+def _runs_on(platform: str, avals, *, options: RouteOptions, **params: Any) -> bool:
+  # On a GPU the call itself falls back to two kernels: only the device knows its shared memory.
+  return (
+    avals[0].shape[-2] <= _most_on_cpu(options.k)
+    and _operands.forward_runs_on(platform, avals, options=options)
+    and _blocks.runs_on(platform, avals, num_experts=params["num_experts"])
+  )
 
 
 _bind = make_primitive(

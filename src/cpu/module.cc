@@ -12,6 +12,10 @@
 #include "blocks_ffi.h"
 #include "ffi.h"
 #include "parallel.h"
+#include "permute.h"
+#include "permute_ffi.h"
+#include "plan.h"
+#include "plan_ffi.h"
 #include "route.h"
 #include "route_ffi.h"
 #include "scores.h"
@@ -196,6 +200,57 @@ ffi::Future quantile_histogram(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi:
 XLA_FFI_DEFINE_HANDLER(kQuantileHistogram, quantile_histogram,
                        bind_quantile_histogram<ffi::ThreadPool>());
 
+// ---- permute, combine ----
+
+template <typename Call>
+ffi::Future run_tokens(ffi::ThreadPool& pool, TokenKernel<Call> kernel, const Call& call) {
+  const int64_t cost = (call.plan.slots + 1) * (call.plan.width + 16);
+  return parallel_rows(pool, call.plan.batch * call.plan.tokens, cost,
+                       [kernel, call](int64_t begin, int64_t end) { kernel(call, begin, end); });
+}
+
+ffi::Future permute(ffi::ThreadPool pool, ffi::AnyBuffer tokens, ffi::AnyBuffer inverse,
+                    ffi::AnyBuffer group_sizes, ffi::Result<ffi::AnyBuffer> rows) {
+  Permute call;
+  ffi::Error error = decode_permute(tokens, inverse, group_sizes, *rows, &call);
+  if (error.failure()) return finished(std::move(error));
+  return run_tokens(pool, JAX_ROUTER_BEST(permute_kernel), call);
+}
+
+ffi::Future permute_backward(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer inverse,
+                             ffi::AnyBuffer group_sizes, ffi::Result<ffi::AnyBuffer> tokens) {
+  Combine call;
+  ffi::Error error = decode_combine(rows, nullptr, inverse, group_sizes, *tokens, &call);
+  if (error.failure()) return finished(std::move(error));
+  return run_tokens(pool, JAX_ROUTER_BEST(combine_kernel), call);
+}
+
+ffi::Future combine(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer weights,
+                    ffi::AnyBuffer inverse, ffi::AnyBuffer group_sizes,
+                    ffi::Result<ffi::AnyBuffer> tokens) {
+  Combine call;
+  ffi::Error error = decode_combine(rows, &weights, inverse, group_sizes, *tokens, &call);
+  if (error.failure()) return finished(std::move(error));
+  return run_tokens(pool, JAX_ROUTER_BEST(combine_kernel), call);
+}
+
+ffi::Future combine_backward(ffi::ThreadPool pool, ffi::AnyBuffer cotangent, ffi::AnyBuffer inverse,
+                             ffi::AnyBuffer group_sizes, ffi::RemainingArgs optional,
+                             ffi::RemainingRets results, bool of_rows, bool of_weights) {
+  CombineBackward call;
+  ffi::Error error = decode_combine_backward(of_rows, of_weights, cotangent, inverse, group_sizes,
+                                             optional, results, &call);
+  if (error.failure()) return finished(std::move(error));
+  return run_tokens(pool, JAX_ROUTER_BEST(combine_backward_kernel), call);
+}
+
+XLA_FFI_DEFINE_HANDLER(kPermute, permute, bind_permute<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(kPermuteBackward, permute_backward,
+                       bind_permute_backward<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(kCombine, combine, bind_combine<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(kCombineBackward, combine_backward,
+                       bind_combine_backward<ffi::ThreadPool>());
+
 // ---- blocks ----
 
 int64_t blocks_cost(const Blocks& call) {
@@ -279,6 +334,22 @@ XLA_FFI_DEFINE_HANDLER(kBlocks, blocks, bind_blocks<ffi::ThreadPool>());
 XLA_FFI_DEFINE_HANDLER(kRouteAndPlanBlocks, route_and_plan_blocks,
                        bind_route_and_plan_blocks<ffi::ThreadPool>());
 
+// ---- plan ----
+
+ffi::Future plan(ffi::ThreadPool pool, ffi::AnyBuffer ids, ffi::Result<ffi::AnyBuffer> order,
+                 ffi::Result<ffi::AnyBuffer> inverse, ffi::Result<ffi::AnyBuffer> group_sizes,
+                 ffi::Result<ffi::AnyBuffer> counts) {
+  PlanCall call;
+  ffi::Error error = decode_plan(ids, *order, *inverse, *group_sizes, *counts, &call);
+  if (error.failure()) return finished(std::move(error));
+  return parallel_rows(pool, call.batch, plan_cost(call), [call](int64_t begin, int64_t end) {
+    const Scratch scratch(plan_scratch_bytes(call));
+    run_plan(call, begin, end, scratch.data());
+  });
+}
+
+XLA_FFI_DEFINE_HANDLER(kPlan, plan, bind_plan<ffi::ThreadPool>());
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -292,8 +363,13 @@ nb::dict handlers() {
   table["scores"] = nb::capsule(reinterpret_cast<void*>(kScores));
   table["scores_backward"] = nb::capsule(reinterpret_cast<void*>(kScoresBackward));
   table["quantile_histogram"] = nb::capsule(reinterpret_cast<void*>(kQuantileHistogram));
+  table["permute"] = nb::capsule(reinterpret_cast<void*>(kPermute));
+  table["permute_backward"] = nb::capsule(reinterpret_cast<void*>(kPermuteBackward));
+  table["combine"] = nb::capsule(reinterpret_cast<void*>(kCombine));
+  table["combine_backward"] = nb::capsule(reinterpret_cast<void*>(kCombineBackward));
   table["blocks"] = nb::capsule(reinterpret_cast<void*>(kBlocks));
   table["route_and_plan_blocks"] = nb::capsule(reinterpret_cast<void*>(kRouteAndPlanBlocks));
+  table["plan"] = nb::capsule(reinterpret_cast<void*>(kPlan));
   return table;
 }
 

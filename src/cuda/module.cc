@@ -11,6 +11,10 @@
 #include "blocks.h"
 #include "blocks_ffi.h"
 #include "ffi.h"
+#include "permute.h"
+#include "permute_ffi.h"
+#include "plan.h"
+#include "plan_ffi.h"
 #include "route.h"
 #include "route_ffi.h"
 #include "scores.h"
@@ -150,6 +154,48 @@ ffi::Error quantile_histogram(cudaStream_t stream, ffi::AnyBuffer logits, ffi::A
 XLA_FFI_DEFINE_HANDLER(kQuantileHistogram, quantile_histogram, bind_quantile_histogram<Stream>(),
                        {ffi::Traits::kCmdBufferCompatible});
 
+// ---- permute, combine ----
+
+ffi::Error permute(cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffer inverse,
+                   ffi::AnyBuffer group_sizes, ffi::Result<ffi::AnyBuffer> rows) {
+  Permute call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_permute(tokens, inverse, group_sizes, *rows, &call));
+  return launch_result("permute", launch_permute(call, stream));
+}
+
+ffi::Error permute_backward(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer inverse,
+                            ffi::AnyBuffer group_sizes, ffi::Result<ffi::AnyBuffer> tokens) {
+  Combine call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_combine(rows, nullptr, inverse, group_sizes, *tokens, &call));
+  return launch_result("permute_backward", launch_combine(call, stream));
+}
+
+ffi::Error combine(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer weights,
+                   ffi::AnyBuffer inverse, ffi::AnyBuffer group_sizes,
+                   ffi::Result<ffi::AnyBuffer> tokens) {
+  Combine call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_combine(rows, &weights, inverse, group_sizes, *tokens, &call));
+  return launch_result("combine", launch_combine(call, stream));
+}
+
+ffi::Error combine_backward(cudaStream_t stream, ffi::AnyBuffer cotangent, ffi::AnyBuffer inverse,
+                            ffi::AnyBuffer group_sizes, ffi::RemainingArgs optional,
+                            ffi::RemainingRets results, bool of_rows, bool of_weights) {
+  CombineBackward call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_combine_backward(of_rows, of_weights, cotangent, inverse,
+                                                     group_sizes, optional, results, &call));
+  return launch_result("combine_backward", launch_combine_backward(call, stream));
+}
+
+XLA_FFI_DEFINE_HANDLER(kPermute, permute, bind_permute<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kPermuteBackward, permute_backward, bind_permute_backward<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kCombine, combine, bind_combine<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kCombineBackward, combine_backward, bind_combine_backward<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
 // ---- blocks ----
 
 ffi::Error blocks(cudaStream_t stream, ffi::AnyBuffer experts, ffi::AnyBuffer weights,
@@ -167,7 +213,43 @@ ffi::Error blocks(cudaStream_t stream, ffi::AnyBuffer experts, ffi::AnyBuffer we
   return launch_result("blocks", launch_blocks_plan(call, stream));
 }
 
+ffi::Error route_and_plan_blocks(
+    cudaStream_t stream, ffi::AnyBuffer logits, ffi::RemainingArgs optional,
+    ffi::Result<ffi::AnyBuffer> weights, ffi::Result<ffi::AnyBuffer> experts,
+    ffi::Result<ffi::AnyBuffer> normalizer, ffi::Result<ffi::AnyBuffer> ids,
+    ffi::Result<ffi::AnyBuffer> sorted_weights, ffi::Result<ffi::AnyBuffer> block_experts,
+    ffi::Result<ffi::AnyBuffer> num_padded, ffi::Result<ffi::AnyBuffer> num_tokens,
+    ffi::Result<ffi::AnyBuffer> inverse, ffi::Result<ffi::AnyBuffer> scratch,
+    ffi::RemainingRets zeros, int64_t k, int64_t score, bool renormalize, float scale,
+    int64_t group_count, int64_t group_keep, int64_t group_score, int64_t num_experts,
+    int64_t block_size, int64_t layout, bool has_bias, bool has_where, bool has_experts) {
+  const RouteOptions options =
+      OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
+  RouteAndPlanBlocks call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_route_and_plan_blocks(
+      options, has_bias, has_where, has_experts, {num_experts, block_size, layout}, logits,
+      optional, *weights, *experts, *normalizer,
+      {*ids, *sorted_weights, *block_experts, *num_padded, *num_tokens, *inverse, *scratch}, zeros,
+      &call));
+  return launch_result("route_and_plan_blocks",
+                       launch_route_and_plan_blocks(call, options, stream));
+}
+
 XLA_FFI_DEFINE_HANDLER(kBlocks, blocks, bind_blocks<Stream>(), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kRouteAndPlanBlocks, route_and_plan_blocks,
+                       bind_route_and_plan_blocks<Stream>(), {ffi::Traits::kCmdBufferCompatible});
+
+// ---- plan ----
+
+ffi::Error plan(cudaStream_t stream, ffi::AnyBuffer ids, ffi::Result<ffi::AnyBuffer> order,
+                ffi::Result<ffi::AnyBuffer> inverse, ffi::Result<ffi::AnyBuffer> group_sizes,
+                ffi::Result<ffi::AnyBuffer> counts) {
+  PlanCall call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_plan(ids, *order, *inverse, *group_sizes, *counts, &call));
+  return launch_result("plan", launch_plan(call, stream));
+}
+
+XLA_FFI_DEFINE_HANDLER(kPlan, plan, bind_plan<Stream>(), {ffi::Traits::kCmdBufferCompatible});
 
 // ---- table ----
 
@@ -182,8 +264,21 @@ nb::dict handlers() {
   table["scores"] = nb::capsule(reinterpret_cast<void*>(kScores));
   table["scores_backward"] = nb::capsule(reinterpret_cast<void*>(kScoresBackward));
   table["quantile_histogram"] = nb::capsule(reinterpret_cast<void*>(kQuantileHistogram));
+  table["permute"] = nb::capsule(reinterpret_cast<void*>(kPermute));
+  table["permute_backward"] = nb::capsule(reinterpret_cast<void*>(kPermuteBackward));
+  table["combine"] = nb::capsule(reinterpret_cast<void*>(kCombine));
+  table["combine_backward"] = nb::capsule(reinterpret_cast<void*>(kCombineBackward));
   table["blocks"] = nb::capsule(reinterpret_cast<void*>(kBlocks));
+  table["route_and_plan_blocks"] = nb::capsule(reinterpret_cast<void*>(kRouteAndPlanBlocks));
+  table["plan"] = nb::capsule(reinterpret_cast<void*>(kPlan));
   return table;
+}
+
+int64_t max_fused_tokens(int64_t experts, int64_t k, int64_t group_count, int device) {
+  RouteOptions options{};
+  options.k = k;
+  options.group_count = group_count;
+  return most_fused_tokens(experts, options, device);
 }
 
 }  // namespace
@@ -192,6 +287,8 @@ nb::dict handlers() {
 NB_MODULE(_cuda, m) {
   m.doc() = "CUDA handlers of jax_router.";
   m.def("handlers", &jax_router::handlers, "FFI handlers by name.");
+  m.def("max_fused_tokens", &jax_router::max_fused_tokens,
+        "Up to how many tokens route_and_plan_blocks is one kernel on a device, by its number.");
   m.def(
       "ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
       "XLA FFI version (major, minor) that this module was compiled for.");

@@ -14,13 +14,20 @@ constexpr int64_t kMostInRegisters = 1024;
 
 }  // namespace
 
-DeviceLimits device_limits() {
+DeviceLimits limits_of(int device) {
   DeviceLimits limits{};
-  int device = 0;
-  cudaGetDevice(&device);
   cudaDeviceGetAttribute(&limits.processors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  int major = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  limits.has_clusters = major == 9 || major == 10;  // of eight blocks: data center chips
   return limits;
+}
+
+DeviceLimits device_limits() {
+  int device = 0;
+  cudaGetDevice(&device);
+  return limits_of(device);
 }
 
 // The choice depends on nothing but sizes and options that are static in JAX, and every kernel
@@ -28,10 +35,8 @@ DeviceLimits device_limits() {
 cudaError_t launch_route(const RouteForward& call, const RouteOptions& options,
                          cudaStream_t stream) {
   if (call.tokens == 0) return cudaSuccess;
-  const int64_t size = call.logits_type == LogitsType::kFloat32 ? 4 : 2;
   RouteForward checked = call;
-  checked.aligned =
-      reinterpret_cast<uintptr_t>(call.logits) % (4 * size) == 0 && call.experts % 4 == 0;
+  checked.aligned = allows_fours(call);
   const bool listed = call.given == nullptr && options.group_count == 0 && options.k <= kMostListed;
   if (listed && call.experts <= kMostInLanes && options.k <= 8) {
     return launch_route_lanes(checked, options, stream);

@@ -41,17 +41,28 @@ cudaError_t launch_route_general(const RouteForward& call, const RouteOptions& o
 // Of `stats`.
 cudaError_t launch_stats_backward(const RouteBackward& call, const RouteOptions& options,
                                   cudaStream_t stream);
+bool stats_backward_warp_fits(const RouteBackward& call, const RouteOptions& options);
+cudaError_t launch_stats_backward_warp(const RouteBackward& call, const RouteOptions& options,
+                                       cudaStream_t stream);
 // For k > 64.
 cudaError_t launch_route_backward_general(const RouteBackward& call, const RouteOptions& options,
                                           cudaStream_t stream);
+
+// Whether rows of logits can be loaded four elements at a time.
+inline bool allows_fours(const RouteForward& call) {
+  const uintptr_t four = call.logits_type == LogitsType::kFloat32 ? 16 : 8;
+  return reinterpret_cast<uintptr_t>(call.logits) % four == 0 && call.experts % 4 == 0;
+}
 
 // ---- the device ----
 
 struct DeviceLimits {
   int processors;
   int shared_bytes;  // of a block, at most
+  bool has_clusters;
 };
 
+DeviceLimits limits_of(int device);
 // Of the current device.
 DeviceLimits device_limits();
 

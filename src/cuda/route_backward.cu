@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize,
   extern __shared__ int4 shared_memory[];
   __shared__ CopyBarrier barriers[kMostWarps];
   const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_index();
   const int64_t index = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarpSize) + warp;
   const int64_t first = index * tiling.rows;
   if (first >= call.tokens) return;

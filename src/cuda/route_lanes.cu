@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDen
                        const __grid_constant__ RouteOptions options) {
   __shared__ WarpScratch<S, kTokens> scratches[kRegisterWarps];
   extern __shared__ uint32_t bitmaps[];
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_index();
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kRegisterWarps + warp) * kTokens;
   if (first >= call.tokens) return;
   const int tokens = static_cast<int>(min(int64_t{kTokens}, call.tokens - first));
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kStatsWarps* kWarpSize, 1)
   float* const scores = reinterpret_cast<float*>(sums_memory);
   const BlockSums block{scores, reinterpret_cast<int32_t*>(scores + kGroups * S::kColumns), kGroups,
                         S::kColumns};
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_index();
   const int group = threadIdx.x / S::kLanes;
   const TokenRange range = block_range(call, blocks);
   const auto tokens_at = [&](int i) { return min(kTokens, range.count - i); };

@@ -84,7 +84,7 @@ __device__ __forceinline__ void route_in_turn(const RouteForward& call, const Ro
   if (lane == 0) scratch.filled.init();
   __syncwarp();
 
-  int next = threadIdx.x / kWarpSize;
+  int next = warp_index();
   if (next < turns.tokens) fill_row(call, turns.token(next), row, scratch.filled, lane);
   for (uint32_t phase = 0; next < turns.tokens; phase ^= 1) {
     const int64_t token = turns.token(next);
@@ -161,8 +161,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
   __syncthreads();
   const int tokens = static_cast<int>((call.tokens - blockIdx.x + gridDim.x - 1) / gridDim.x);
   const Turns<false> turns{blockIdx.x, gridDim.x, tokens, &taken};
-  char* const memory =
-      reinterpret_cast<char*>(shared_memory) + threadIdx.x / kWarpSize * layout.bytes();
+  char* const memory = reinterpret_cast<char*>(shared_memory) + warp_index() * layout.bytes();
   route_in_turn<T, kClasses, kDense ? Extra::kDense : Extra::kNone, 0,
                 GroupSums<SharedSums, false>>(call, options, turns, layout, memory, nullptr,
                                               nullptr);
@@ -197,7 +196,7 @@ __global__ void __launch_bounds__(kMostStatsWarps* kWarpSize, 1)
   char* const memory = reinterpret_cast<char*>(shared_memory);
   const SharedLayout layout(call, sizeof(T));
   const int warps = blockDim.x / kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_index();
   const StatsLayout sizes(call, layout, warps, kInRegisters);
   const BlockSums block{
       reinterpret_cast<float*>(memory + (kInRegisters ? 0 : sizes.rows + sizes.counts)),

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "registers.cuh"
+#include "registers_token.cuh"
 #include "route.h"
 
 namespace jax_router {
@@ -13,14 +14,12 @@ namespace {
 // row being loaded meanwhile, and ranks and writes them together, eight lanes each.
 template <int kChunks>
 using JointShape = Shape<32, kChunks, 1, 32>;
-template <int kChunks>
-using SingleShape = Shape<32, kChunks, 2, 128>;
 
 constexpr int kMostRows = 4;
 
 // Warps of a block that gathers statistics: as many as find room with their registers.
 template <typename S, bool kBiased, bool kAnyScore>
-inline constexpr int kStatsWarps = kBiased || kAnyScore || S::kChunks > 4 ? 16 : 22;
+inline constexpr int kStatsWarps = kBiased || kAnyScore || S::kChunks > 4 ? 16 : 32;
 
 constexpr int64_t kManyTokens = 8192;  // so many that every warp can take kMostRows of them
 
@@ -32,7 +31,7 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, S::kChunks > 4 ? 4 
   __shared__ Scratch scratches[kRegisterWarps];
   extern __shared__ uint32_t bitmaps[];
   const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_index();
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kRegisterWarps + warp) * rows;
   if (first >= call.tokens) return;
   const int tokens = static_cast<int>(min(int64_t{rows}, call.tokens - first));
@@ -82,56 +81,13 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, S::kChunks > 4 ? 4 
   }
 }
 
-// Routes one token by one warp. `bits`: its row of a bitmap; `sums` and `counts`: where there are
-// statistics. Then `registers` is loaded with the row of token `next`, if there is one, while the
-// choice is written.
-template <typename T, typename S, bool kBiased, Extra kExtra, typename Sums>
-__device__ __forceinline__ void route_token(const RouteForward& call, const RouteOptions& options,
-                                            int64_t token, int64_t next,
-                                            RegisterRow<T, S>& registers,
-                                            WarpScratch<S, 1>& scratch, uint32_t* bits, Sums* sums,
-                                            int32_t* counts) {
-  constexpr bool kDense = kExtra == Extra::kDense;
-  const int lane = threadIdx.x % kWarpSize;
-  const uint32_t ids = shared_address(scratch.ids);
-  const ClassMaxima<S::kMaxima> maxima{shared_address(scratch.ranks.words)};
-  RowValues<T, kBiased> row = row_values<T, kBiased>(call, options, token);
-  const bool real = call.where == nullptr || call.where[token];
-  const int words = kDense ? bitmap_words(call) : 0;
-  bool fits;
-  Candidates found =
-      list_candidates<T, S, kBiased>(options, row, registers, ids, maxima, lane, &fits);
-  if constexpr (kDense) {
-    clear_bitmap(bits, words, lane);
-    clear_dense<T>(call, token, 1, lane);
-  } else if constexpr (kExtra == Extra::kStats) {
-    add_registers<T, S, kBiased>(call, options, registers, found, token, real, *sums, lane);
-    if (next < call.tokens) {
-      registers.load(row_values<T, kBiased>(call, options, next).logits, row.experts, call.aligned,
-                     lane);
-    }
-  }
-  __syncwarp();
-  if (!fits) {
-    found.replace(relist<S::kListed>(row, found.bound_key, found.top_key,
-                                     static_cast<int>(options.k), maxima, ids, lane));
-    __syncwarp();
-  }
-  finish_token<kExtra>(call, options, context_of(token, real, found, ids, bits, counts), row,
-                       scratch.ranks, WordAt<T, kBiased>{row, ids}, lane);
-  if (words > 0) {
-    __syncwarp();
-    write_bitmap(call, token, 1, bits, words, lane);
-  }
-}
-
 template <typename T, typename S, bool kBiased, bool kDense>
 __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDense ? 7 : 8))
     route_single_kernel(const __grid_constant__ RouteForward call,
                         const __grid_constant__ RouteOptions options) {
   __shared__ WarpScratch<S, 1> scratches[kRegisterWarps];
   extern __shared__ uint32_t bitmaps[];
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_index();
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kRegisterWarps + warp;
   if (token >= call.tokens) return;
   uint32_t* const bits = bitmaps + warp * (kDense ? bitmap_words(call) : 0);
@@ -153,7 +109,7 @@ __global__ void __launch_bounds__(kStatsWarps<S, kBiased, kAnyScore>* kWarpSize,
   float* const scores = reinterpret_cast<float*>(sums_memory);
   const BlockSums block{scores, reinterpret_cast<int32_t*>(scores + kWarps * S::kColumns), kWarps,
                         S::kColumns};
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_index();
   const TokenRange range = block_range(call, blocks);
   const auto load = [&](int i, RegisterRow<T, S>& registers) {
     registers.load(row_values<T, kBiased>(call, options, range.first + i).logits,

@@ -286,7 +286,7 @@ struct BlockSums {
     __shared__ float warp_z[kWarpSize];
     __shared__ int warp_tokens[kWarpSize];
     const int lane = threadIdx.x % kWarpSize;
-    const int warp = threadIdx.x / kWarpSize;
+    const int warp = warp_index();
     const int warps = blockDim.x / kWarpSize;
     z = warp_sum(z);
     tokens = __reduce_add_sync(kAllLanes, tokens);

@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, kLeastBlocks<kElementwi
   extern __shared__ int4 shared_memory[];
   __shared__ CopyBarrier barriers[kMostWarps];
   const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_index();
   const int64_t index = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarpSize) + warp;
   const int64_t first = index * tiling.rows;
   if (first >= call.tokens) return;
@@ -221,6 +221,9 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, kLeastBlocks<kElementwi
 cudaError_t launch_stats_backward(const RouteBackward& call, const RouteOptions& options,
                                   cudaStream_t stream) {
   if (options.k > kMostSlots) return launch_route_backward_general(call, options, stream);
+  if (stats_backward_warp_fits(call, options)) {
+    return launch_stats_backward_warp(call, options, stream);
+  }
   return with_type(call.logits_type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Tiling tiling = tile_rows(call, options, sizeof(T));

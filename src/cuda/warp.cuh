@@ -18,6 +18,12 @@ namespace jax_router {
 inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
+// The warp of the block. The shuffle tells the compiler that all lanes agree: without it every
+// shuffle in a loop over the rows of a warp is guarded against divergence.
+__device__ __forceinline__ int warp_index() {
+  return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / kWarpSize), 0);
+}
+
 __device__ __forceinline__ unsigned lanes_below(int lane) { return (1u << lane) - 1u; }
 
 // ---- shared memory by its own addresses, which fit one register ----
@@ -282,7 +288,7 @@ struct WarpRows {
 
 __device__ __forceinline__ WarpRows warp_rows() {
   const int warps = blockDim.x / kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_index();
   return {static_cast<int>(threadIdx.x % kWarpSize), warp,
           static_cast<int64_t>(blockIdx.x) * warps + warp, static_cast<int64_t>(gridDim.x) * warps};
 }
