@@ -75,10 +75,12 @@ def _row(experts, mask, num_valid, block_size: int, layout: str, positions: int)
     ids = ids.astype(jnp.int32)
   sorted_ids = jnp.full(positions, pad, jnp.int32)
   sorted_ids = sorted_ids.at[jnp.where(present, inverse, positions)].set(ids, mode="drop")
-  block = jnp.arange(positions // block_size, dtype=jnp.int32)
-  expert = jnp.searchsorted(ends[:num_experts], block, side="right").astype(jnp.int32)
+  blocks = positions // block_size
+  # Of a block: how many experts end at it or before.
+  expert = jnp.zeros(blocks + 1, jnp.int32).at[ends[:num_experts]].add(1)[:blocks]
+  expert = jnp.cumsum(expert, dtype=jnp.int32)
   local = jnp.cumsum(mask, dtype=jnp.int32) - 1
-  used = block < ends[-1]
+  used = jnp.arange(blocks, dtype=jnp.int32) < ends[-1]
   block_experts = jnp.where(used, local[jnp.where(used, expert, 0)], -1)
   return sorted_ids, block_experts, ends[-1] * block_size, inverse.reshape(tokens, k)
 

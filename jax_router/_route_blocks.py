@@ -108,7 +108,7 @@ def route_and_plan_blocks(
 
 
 def max_fused_tokens(
-  num_experts: int, k: int, *, groups: Groups | None = None, device: jax.Device | None = None
+  num_experts: int, k: int, *, groups: Groups | None = None, device: Any = None
 ) -> int:
   """Up to how many tokens `route_and_plan_blocks` is one kernel; 0 where there is none.
 

@@ -1,5 +1,5 @@
-// A call of `blocks`: entries (a token's slots) sorted by expert, each expert's run padded to whole
-// blocks.
+// Calls of `blocks` (entries, a token's slots, sorted by expert, each expert's run padded to whole
+// blocks) and of `route_and_plan_blocks`.
 
 #ifndef JAX_ROUTER_BLOCKS_CALL_H_
 #define JAX_ROUTER_BLOCKS_CALL_H_
