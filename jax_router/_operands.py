@@ -109,9 +109,15 @@ def _check_operands(logits, bias, where, experts, k) -> Operands:
       "experts", experts.shape, (*logits.shape[:-1], k), "logits.shape[:-1] + (k,)"
     )
     if experts.dtype != np.int32:
-      valid = (experts >= 0) & (experts < jnp.asarray(num_experts).astype(experts.dtype))
-      experts = jnp.where(valid, experts.astype(jnp.int32), jnp.int32(num_experts))
+      experts = _narrowed(experts, num_experts)
   return Operands(logits, bias, where, experts)
+
+
+def _narrowed(experts: jax.Array, num_experts: int) -> jax.Array:
+  """Given experts as int32; those out of range, whatever their dtype, become `num_experts`."""
+  most = min(num_experts - 1, int(jnp.iinfo(experts.dtype).max))
+  valid = (experts >= 0) & (experts <= jnp.asarray(most, experts.dtype))
+  return jnp.where(valid, experts.astype(jnp.int32), jnp.int32(num_experts))
 
 
 def token_groups(tokens: Any) -> int:

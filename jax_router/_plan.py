@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_router import _native, _options, _reference_plan
+from jax_router._operands import CHECKPOINT_NAME
 from jax_router._primitive import Operation, Result, check_whole_tokens, make_primitive
 
 _MOST_EXPERTS = 2**24
@@ -88,7 +90,8 @@ def plan(
   order, inverse, group_sizes, _ = _bind(
     experts, num_experts=num_experts, implementation=implementation
   )
-  return Plan(order, inverse, group_sizes)
+  # Named, so that jax.checkpoint with a policy of names does not sort again.
+  return Plan(*(checkpoint_name(x, CHECKPOINT_NAME) for x in (order, inverse, group_sizes)))
 
 
 def check_experts(word: str, name: str, experts: Any, num_experts: int) -> jax.Array:

@@ -16,11 +16,12 @@ from test_cuda import check_same_bits, count_custom_calls
 
 pytestmark = pytest.mark.gpu
 
-# Around the 16384 entries that one block sorts; blocks of unlike sizes, without counters for every
+# Around the 4096 entries that one block sorts; blocks of unlike sizes, without counters for every
 # warp, and more than 128 of them.
 CASES = (
-  (1, 1, 1), (31, 1, 7), (2048, 8, 256), (5461, 3, 8192), (5462, 3, 8192), (16385, 1, 33),
-  (8192, 8, 256), (8192, 36, 2304), (8192, 8, 16384), (700_000, 8, 100),
+  (1, 1, 1), (31, 1, 7), (512, 8, 255), (1365, 3, 8192), (1366, 3, 8192), (4097, 1, 33),
+  (2048, 8, 256), (5462, 3, 8192), (16385, 1, 33), (8192, 8, 256), (8192, 36, 2304),
+  (8192, 8, 16384), (700_000, 8, 100),
 )  # fmt: skip
 
 

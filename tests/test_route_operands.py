@@ -165,6 +165,16 @@ def test_given_experts_of_any_integer_dtype(route, dtype):
   assert got.experts.dtype == np.int32 and (np.asarray(got.experts)[0] == 100).all()
 
 
+@pytest.mark.parametrize("dtype, num_experts", ((np.uint8, 256), (np.int8, 128), (np.int8, 200)))
+def test_given_experts_whose_dtype_cannot_hold_their_number(route, dtype, num_experts):
+  """The number of experts itself, the sentinel, must not be cut down to the dtype."""
+  logits = shapes.make_logits("random", 20, num_experts)
+  experts = np.arange(100).astype(dtype).reshape(20, 5) + dtype(np.iinfo(dtype).max - 99)
+  got = route(logits, 5, experts=experts)
+  np.testing.assert_array_equal(got.experts, experts)
+  oracle.check_route(got, logits, 5, experts=experts.astype(np.int32))
+
+
 def test_more_slots_than_numbers_in_given_experts(route):
   """Given experts keep their slots; those without a number weigh 0, the others share 1."""
   logits = np.array([[np.nan, 1.0, -np.inf, 1.0], [np.nan, -np.inf, np.nan, np.nan]], np.float32)

@@ -251,7 +251,6 @@ XLA_FFI_DEFINE_HANDLER(kCombine, combine, bind_combine<ffi::ThreadPool>());
 XLA_FFI_DEFINE_HANDLER(kCombineBackward, combine_backward,
                        bind_combine_backward<ffi::ThreadPool>());
 
-<<<<<<< HEAD
 // ---- blocks ----
 
 int64_t blocks_cost(const Blocks& call) {
@@ -335,8 +334,6 @@ XLA_FFI_DEFINE_HANDLER(kBlocks, blocks, bind_blocks<ffi::ThreadPool>());
 XLA_FFI_DEFINE_HANDLER(kRouteAndPlanBlocks, route_and_plan_blocks,
                        bind_route_and_plan_blocks<ffi::ThreadPool>());
 
-=======
->>>>>>> permute
 // ---- plan ----
 
 ffi::Future plan(ffi::ThreadPool pool, ffi::AnyBuffer ids, ffi::Result<ffi::AnyBuffer> order,
@@ -370,11 +367,8 @@ nb::dict handlers() {
   table["permute_backward"] = nb::capsule(reinterpret_cast<void*>(kPermuteBackward));
   table["combine"] = nb::capsule(reinterpret_cast<void*>(kCombine));
   table["combine_backward"] = nb::capsule(reinterpret_cast<void*>(kCombineBackward));
-<<<<<<< HEAD
   table["blocks"] = nb::capsule(reinterpret_cast<void*>(kBlocks));
   table["route_and_plan_blocks"] = nb::capsule(reinterpret_cast<void*>(kRouteAndPlanBlocks));
-=======
->>>>>>> permute
   table["plan"] = nb::capsule(reinterpret_cast<void*>(kPlan));
   return table;
 }
