@@ -7,6 +7,13 @@ from jax_router._blocks import BlockPlan as BlockPlan
 from jax_router._blocks import plan_blocks as plan_blocks
 from jax_router._cutoff import route_with_cutoff as route_with_cutoff
 from jax_router._dense import route_dense as route_dense
+from jax_router._experts import PackedW2 as PackedW2
+from jax_router._experts import dense_moe_fc2 as dense_moe_fc2
+from jax_router._experts import pack_w2 as pack_w2
+from jax_router._experts_layer import MoeForm as MoeForm
+from jax_router._experts_layer import alpha_from_topk as alpha_from_topk
+from jax_router._experts_layer import choose_moe_form as choose_moe_form
+from jax_router._experts_layer import dense_moe as dense_moe
 from jax_router._losses import load_balance_loss as load_balance_loss
 from jax_router._losses import z_loss as z_loss
 from jax_router._native import DISABLE_JAX_EXPORT_CHECKS as DISABLE_JAX_EXPORT_CHECKS

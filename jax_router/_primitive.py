@@ -50,6 +50,10 @@ class Operation(NamedTuple):
       dimensions cannot be compiled where the compiler might have split its operands.
     composed: whether the reference is made of other primitives. Then it takes the keyword
       `implementation` too, and may stand in for a kernel that was asked for.
+    whole_operands: whether the kernel cannot be split at all. Where the compiler might have split
+      the operands, and no platform was asked for, the reference is lowered instead.
+    batch: (bind, operands, axes, **params) -> (results, axes), the rule of vmap if it is not to
+      give every operand the new axis.
   """
 
   name: str
@@ -61,6 +65,8 @@ class Operation(NamedTuple):
   runs_on: Callable[..., bool] = lambda platform, avals, **params: True
   whole_tokens: bool = False
   composed: bool = False
+  whole_operands: bool = False
+  batch: Callable[..., tuple[Sequence[jax.Array], Sequence[int]]] | None = None
 
 
 def reference_tangents(reference: Callable[..., Sequence[jax.Array]]):
@@ -113,7 +119,7 @@ def make_primitive(operation: Operation) -> Callable[..., list[jax.Array]]:
 
   primitive.def_impl(lambda *operands, **params: compiled(**params)(*operands))
   primitive.def_abstract_eval(functools.partial(_abstract_eval, operation))
-  batching.primitive_batchers[primitive] = functools.partial(_batch, bind)
+  batching.primitive_batchers[primitive] = functools.partial(operation.batch or batch_all, bind)
   ad.primitive_jvps[primitive] = functools.partial(_jvp, operation, bind)
   _register_lowerings(primitive, operation)
   return bind
@@ -142,7 +148,8 @@ def _abstract_eval(operation: Operation, *avals: Any, implementation: str | None
   ]
 
 
-def _batch(bind, operands, axes, **params: Any):
+def batch_all(bind, operands, axes, **params: Any):
+  """Rule of vmap: every operand gets the new axis in front, as a batch dimension."""
   size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
   moved = [
     jax.lax.broadcast(x, (size,)) if axis is None else jnp.moveaxis(x, axis, 0)
@@ -213,6 +220,13 @@ def _lower(
 ):
   wanted = params.pop("implementation")
   runs = wanted in (None, platform) and operation.runs_on(platform, ctx.avals_in, **params)
+  if runs and operation.whole_operands and _compat.hidden_shards(ctx) > 1:
+    if wanted is not None:
+      raise ValueError(
+        f"implementation={wanted!r} of {operation.name} cannot run here: in a computation over "
+        "several devices it cannot tell whether its operands are sharded; call it in jax.shard_map"
+      )
+    runs = False
   if not runs:
     return _lower_reference(operation, reference, ctx, *operands, implementation=wanted, **params)
   _check_lowering(operation, ctx, params)

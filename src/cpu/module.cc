@@ -4,12 +4,15 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <utility>
 
 #include "balance.h"
 #include "balance_ffi.h"
 #include "blocks.h"
 #include "blocks_ffi.h"
+#include "experts.h"
+#include "experts_ffi.h"
 #include "ffi.h"
 #include "parallel.h"
 #include "permute.h"
@@ -350,6 +353,25 @@ ffi::Future plan(ffi::ThreadPool pool, ffi::AnyBuffer ids, ffi::Result<ffi::AnyB
 
 XLA_FFI_DEFINE_HANDLER(kPlan, plan, bind_plan<ffi::ThreadPool>());
 
+// ---- experts ----
+
+ffi::Future experts(ffi::ThreadPool pool, ffi::AnyBuffer h, ffi::AnyBuffer w2, ffi::AnyBuffer alpha,
+                    ffi::Result<ffi::AnyBuffer> result) {
+  Experts call;
+  ffi::Error error = decode_experts(h, w2, alpha, *result, &call);
+  if (error.failure()) return finished(std::move(error));
+  const ExpertsKernel kernel = JAX_ROUTER_BEST(experts_kernel);
+  const auto shared = std::make_shared<Scratch>(kernel.shared_bytes(call));
+  kernel.prepare(call, shared->data());
+  return parallel_rows(pool, kernel.tasks(call), kernel.task_cost(call, shared->data()),
+                       [kernel, call, shared](int64_t begin, int64_t end) {
+                         const Scratch scratch(kernel.scratch_bytes(call));
+                         kernel.run(call, shared->data(), begin, end, scratch.data());
+                       });
+}
+
+XLA_FFI_DEFINE_HANDLER(kExperts, experts, bind_experts<ffi::ThreadPool>());
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -369,6 +391,7 @@ nb::dict handlers() {
   table["combine_backward"] = nb::capsule(reinterpret_cast<void*>(kCombineBackward));
   table["blocks"] = nb::capsule(reinterpret_cast<void*>(kBlocks));
   table["route_and_plan_blocks"] = nb::capsule(reinterpret_cast<void*>(kRouteAndPlanBlocks));
+  table["experts"] = nb::capsule(reinterpret_cast<void*>(kExperts));
   table["plan"] = nb::capsule(reinterpret_cast<void*>(kPlan));
   return table;
 }
