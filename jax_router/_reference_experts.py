@@ -8,6 +8,8 @@ only a result that is not finite is computed again, expert after expert.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,36 +46,61 @@ def _without_unselected(x: jax.Array, alpha: jax.Array) -> jax.Array:
   return jnp.where(_column(alpha != 0) | jnp.isfinite(x), x, _ZERO)
 
 
+def _at_once(h: jax.Array, w2: jax.Array, alpha: jax.Array) -> jax.Array:
+  """The sum over the experts as one matmul, right if it is finite."""
+  tokens = h.ndim - 2
+  weighed = (_column(alpha) * _without_unselected(h, alpha)).astype(h.dtype)
+  return _dot(weighed, w2, (tokens, tokens + 1), (0, 1))
+
+
+@jax.checkpoint  # or its gradient would keep the products of every expert, needed or not
 def _one_by_one(h: jax.Array, w2: jax.Array, alpha: jax.Array) -> jax.Array:
   """The sum over the experts, each added to the tokens that have chosen it and to no others."""
 
-  def add(total, expert):
+  def term(expert):
     h, w2, alpha = expert
     used = _column(alpha != 0)
     products = _dot(jnp.where(used, h, jnp.zeros_like(h)), w2, (h.ndim - 1,), (0,))
-    return total + jnp.where(used, _column(alpha) * products, _ZERO), None
+    return jnp.where(used, _column(alpha) * products, _ZERO)
 
-  total = jnp.zeros((*alpha.shape[:-1], w2.shape[-1]), jnp.float32)
-  total, h, w2, alpha = _compat.join_varying_axes((total, h, w2, alpha))
   experts = jnp.moveaxis(h, -2, 0), w2, jnp.moveaxis(alpha, -1, 0)
-  return jax.lax.scan(add, total, experts)[0]
+  first, others = (jax.tree.map(lambda x, at=at: x[at], experts) for at in (0, slice(1, None)))
+  return jax.lax.scan(lambda total, e: (total + term(e), None), term(first), others)[0]
 
 
+def _widened(h, w2, alpha):
+  dtype = _dot_dtype(h.dtype)
+  return _compat.join_varying_axes((h.astype(dtype), w2.astype(dtype), alpha))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def fc2(h: jax.Array, w2: jax.Array, alpha: jax.Array, out_dtype: np.dtype) -> jax.Array:
   """The result `[*T, H]`."""
-  h, w2, alpha = _compat.join_varying_axes((h, w2, alpha))
-  dtype, tokens = _dot_dtype(h.dtype), h.ndim - 2
-  h, w2 = h.astype(dtype), w2.astype(dtype)
-  weighed = (_column(alpha) * _without_unselected(h, alpha)).astype(dtype)
-  result = _dot(weighed, w2, (tokens, tokens + 1), (0, 1))
-  # Nothing of the loop is kept for its gradient: whether it runs is not known beforehand.
-  result = jax.lax.cond(
-    jnp.all(jnp.isfinite(result)),
-    lambda result, *_: result,
-    lambda _, *operands: jax.checkpoint(_one_by_one)(*operands),
-    result, h, w2, alpha,
-  )  # fmt: skip
-  return result.astype(out_dtype)
+  return _fc2(h, w2, alpha)[0].astype(out_dtype)
+
+
+def _fc2(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The result in float32, and whether one matmul gave it."""
+  wide = _widened(*operands)
+  result = _at_once(*wide)
+  finite = jnp.all(jnp.isfinite(result))
+  once_more = lambda _, *operands: _one_by_one(*operands)  # noqa: E731
+  return jax.lax.cond(finite, lambda x, *_: x, once_more, result, *wide), finite
+
+
+@fc2.defjvp
+def _fc2_tangent(out_dtype: np.dtype, operands, tangents):
+  """That of the sum which gave the result: an unused matmul would bring its NaN into the other."""
+  result, finite = _fc2(*operands)
+
+  def along(function):
+    def tangent(operands, tangents):
+      return jax.jvp(lambda *x: function(*_widened(*x)), operands, tangents)[1]
+
+    return tangent
+
+  of_result = jax.lax.cond(finite, along(_at_once), along(_one_by_one), operands, tangents)
+  return result.astype(out_dtype), of_result.astype(out_dtype)
 
 
 def fc2_backward(
