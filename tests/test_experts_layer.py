@@ -180,7 +180,7 @@ def test_alpha_from_topk(rng, dtype):
 
 @pytest.mark.parametrize("device, ridge", (("H100", 263), ("H200", 184)))
 def test_form_of_the_shapes_of_deepseek(device, ridge):
-  """DeepSeek-V3 on one of 8 devices: from where most experts are read to somewhat past the ridge."""
+  """One of 8 devices: from where most experts are read to somewhat past the ridge."""
   forms = [
     choose_moe_form(n, 7168, 256, 256, 8, device=f"NVIDIA {device} 80GB") for n in range(0, 600)
   ]
