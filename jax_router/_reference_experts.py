@@ -61,6 +61,8 @@ def _one_by_one(h: jax.Array, w2: jax.Array, alpha: jax.Array) -> jax.Array:
     h, w2, alpha = expert
     used = _column(alpha != 0)
     products = _dot(jnp.where(used, h, jnp.zeros_like(h)), w2, (h.ndim - 1,), (0,))
+    # Selected before and after, so that neither the sum nor the gradient of alpha sees a NaN.
+    products = jnp.where(used, products, _ZERO)
     return jnp.where(used, _column(alpha) * products, _ZERO)
 
   experts = jnp.moveaxis(h, -2, 0), w2, jnp.moveaxis(alpha, -1, 0)
