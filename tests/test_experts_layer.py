@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,8 @@ import oracle_experts as oracle
 from jax_router import (
   PackedW2,
   Routing,
+  _experts,
+  _experts_layer,
   alpha_from_topk,
   choose_moe_form,
   dense_moe,
@@ -210,6 +215,20 @@ def test_form_of_unknown_devices():
       form = choose_moe_form(128, 7168, 256, 256, 8, device=device)
       assert form.form == "grouped" and np.isnan([form.dense_us, form.grouped_us]).all()
       assert "not known" in form.reason
+
+
+def test_documentation_runs():
+  """The checks in the page, and the examples in the docstrings."""
+  for module in (_experts, _experts_layer):
+    results = doctest.testmod(module)
+    assert results.attempted >= 4 and results.failed == 0
+  path = pathlib.Path(__file__).parents[1] / "docs" / "dense_experts.md"
+  blocks = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+  assert len(blocks) == 3
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    for block in blocks:
+      assert "assert " in block
+      exec(compile(block, str(path), "exec"), {})
 
 
 # ---- bad arguments ----
