@@ -12,6 +12,7 @@ from jax_router import _options
 from jax_router.compat._arguments import LARGEST_INT32 as LARGEST_INT32
 from jax_router.compat._arguments import check_gating as check_gating
 from jax_router.compat._arguments import check_length
+from jax_router.compat._arguments import look_up as look_up
 from jax_router.compat._arguments import token_expert_indices as token_expert_indices
 
 _MOST_SLOTS = 2**8 - 1  # the slot K marks a pad

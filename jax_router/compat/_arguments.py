@@ -55,3 +55,13 @@ def token_expert_indices(experts: jax.Array) -> jax.Array:
   slot = jax.lax.broadcasted_iota(jnp.int32, (tokens, k), 1)
   index = slot * jnp.asarray(tokens, jnp.int32) + token
   return jnp.broadcast_to(jnp.expand_dims(index, range(experts.ndim - 2)), experts.shape)
+
+
+def look_up(table: jax.Array, experts: jax.Array) -> jax.Array:
+  """`table` `[E]` at `experts` `[...]`, -1 for those outside 0 .. E - 1."""
+  valid = (experts >= 0) & (experts < table.shape[0])
+  # Of leading dimensions sharded along Explicit axes a gather must be told that they stay so.
+  spec = _compat.spec_of(jax.typeof(experts))
+  sharding = jax.sharding.PartitionSpec(*spec) if any(spec) else None
+  values = table.at[jnp.where(valid, experts, 0)].get(out_sharding=sharding)
+  return jnp.where(valid, values, -1)

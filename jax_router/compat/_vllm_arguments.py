@@ -14,6 +14,7 @@ from jax_router.compat._arguments import LARGEST_INT32 as LARGEST_INT32
 from jax_router.compat._arguments import check_bias as check_bias
 from jax_router.compat._arguments import check_gating as check_gating
 from jax_router.compat._arguments import check_length as check_length
+from jax_router.compat._arguments import look_up as look_up
 from jax_router.compat._arguments import token_expert_indices as token_expert_indices
 
 _INDEX_DTYPES = ("int32", "uint32", "int64")

@@ -351,4 +351,4 @@ def _local_ids(experts: jax.Array, inverse: jax.Array, mask: Array | None) -> ja
   if mask is None:
     return jnp.where(kept, experts, -1)
   number = jnp.cumsum(jnp.asarray(mask).astype(bool), dtype=jnp.int32) - 1
-  return jnp.where(kept, number[jnp.where(kept, experts, 0)], -1)
+  return jnp.where(kept, _arguments.look_up(number, experts), -1)

@@ -270,7 +270,7 @@ def moe_align_block_size(
   local = None if expert_map is None else _arguments.check_map(expert_map, num_experts)
   length = _arguments.sorted_length(tokens * k, num_experts, block_size, round_up)
   if local is not None and map_first:
-    experts = _mapped(local, experts)
+    experts = _arguments.look_up(local, experts)
   blocks = jax_router.plan_blocks(
     Routing(jnp.zeros_like(experts, jnp.float32), experts),
     num_experts,
@@ -279,7 +279,7 @@ def moe_align_block_size(
   )
   expert_ids = blocks.block_experts
   if local is not None and not map_first:
-    expert_ids = _mapped(local, expert_ids)
+    expert_ids = _arguments.look_up(local, expert_ids)
   return blocks.ids[..., :length], expert_ids, blocks.num_padded[..., None]
 
 
@@ -338,9 +338,3 @@ def batched_moe_align_block_size(
   for _ in counts.shape[:-1]:
     align = jax.vmap(align)
   return align(counts)
-
-
-def _mapped(local: jax.Array, experts: jax.Array) -> jax.Array:
-  """Local ids of `experts`, -1 for ids that are not in the map."""
-  valid = (experts >= 0) & (experts < local.shape[0])
-  return jnp.where(valid, local[jnp.where(valid, experts, 0)], -1)
