@@ -54,15 +54,20 @@ def grouped_matmul(
 
 def choose(lhs: jax.Array | jax.ShapeDtypeStruct, rhs: jax.Array | jax.ShapeDtypeStruct) -> str:
   """The implementation for these operands on the default device."""
+  return available(lhs, rhs)[0]
+
+
+def available(
+  lhs: jax.Array | jax.ShapeDtypeStruct, rhs: jax.Array | jax.ShapeDtypeStruct
+) -> list[str]:
+  """All implementations for these operands on the default device, in order of preference."""
   device = _default_device()
-  if device.platform == "cpu":
-    return "blocks"
-  if importlib.util.find_spec("tokamax") is not None:
-    return "tokamax"
-  if device.platform != "gpu":
-    return "lax"
-  is_hopper = getattr(device, "compute_capability", None) == "9.0"
-  return "hopper" if is_hopper and _fits_hopper(lhs, rhs) else "blocks"
+  names = []
+  if device.platform != "cpu" and importlib.util.find_spec("tokamax") is not None:
+    names.append("tokamax")
+  if getattr(device, "compute_capability", None) == "9.0" and _fits_hopper(lhs, rhs):
+    names.append("hopper")
+  return names + (["blocks", "lax"] if device.platform in ("cpu", "gpu") else ["lax", "blocks"])
 
 
 def _fits_hopper(lhs: Any, rhs: Any) -> bool:
