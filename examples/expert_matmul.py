@@ -106,16 +106,23 @@ def _blocks(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array
   return result.at[place].get(mode="fill", fill_value=0, unique_indices=True)
 
 
-# JAX's kernels for Hopper have no gradient, but the transposed ones that a gradient needs.
+# JAX's kernels for Hopper have no gradient, but there are the transposed ones that it needs.
+
+
+def _hopper(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+  # Outside of the custom_vjp, so that matrices that all devices of a `shard_map` share get the sum
+  # of the devices' gradients.
+  operands = (lhs, rhs, group_sizes)
+  return _hopper_vjp(*(_vary_like(x, *operands) for x in operands))
 
 
 @jax.custom_vjp
-def _hopper(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def _hopper_vjp(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
   return _hopper_dot(lhs, rhs, group_sizes, transpose_rhs=False)
 
 
 def _hopper_forward(lhs, rhs, group_sizes):
-  return _hopper(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+  return _hopper_vjp(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
 
 
 def _hopper_backward(saved, cotangent):
@@ -124,16 +131,25 @@ def _hopper_backward(saved, cotangent):
   module = importlib.import_module("jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu")
   tiles = _tiles(lhs.shape[0], len(rhs)) | {"block_m": 128}
   of_rhs = module.transposed_ragged_dot(lhs, cotangent, group_sizes=group_sizes, **tiles)
-  return of_lhs, of_rhs, None
+  return of_lhs, _vary_like(of_rhs, rhs), None
 
 
-_hopper.defvjp(_hopper_forward, _hopper_backward)
+_hopper_vjp.defvjp(_hopper_forward, _hopper_backward)
 
 
 def _hopper_dot(lhs, rhs, group_sizes, *, transpose_rhs: bool) -> jax.Array:
   module = importlib.import_module("jax.experimental.pallas.ops.gpu.ragged_dot_mgpu")
   function = functools.partial(module.ragged_dot, transpose_rhs=transpose_rhs)
-  return function(lhs, rhs, group_sizes=group_sizes, **_tiles(lhs.shape[0], len(rhs)))
+  result = function(lhs, rhs, group_sizes=group_sizes, **_tiles(lhs.shape[0], len(rhs)))
+  return _vary_like(result, lhs)
+
+
+def _vary_like(x: jax.Array, *others: jax.Array) -> jax.Array:
+  """Types `x` as different on the devices of a `shard_map` where others are: kernels do not."""
+  varying = (jax.typeof(y).manual_axis_type.varying for y in (x, *others))
+  own, *more = varying
+  missing = frozenset().union(*more) - own
+  return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
 def _tiles(rows: int, num_groups: int) -> dict[str, int]:

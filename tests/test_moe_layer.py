@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import pathlib
+import re
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
-from test_examples import load_example
+import jax_router
+from test_examples import EXAMPLES, load_example
 
 expert_matmul = load_example("expert_matmul")
 
@@ -154,6 +160,26 @@ def test_hopper_kernels_lower(cuda_lowering, rows, experts):
   assert text.count("custom_call @mosaic_gpu") == 3
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_hopper_kernels_in_shard_map(monkeypatch, check_vma):
+  """Matrices that all devices share get the sum of the devices' gradients."""
+  mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices("cpu")[:2])
+  specs = P("data"), P(), P("data")
+  grouped_matmul = functools.partial(expert_matmul.grouped_matmul, implementation="hopper")
+  sharded = jax.shard_map(
+    grouped_matmul, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=check_vma
+  )
+
+  def loss(rhs, lhs, group_sizes):
+    return sharded(lhs, rhs, group_sizes).sum()
+
+  rhs, lhs = (jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in ((3, 128, 256), (64, 128)))
+  group_sizes = jax.ShapeDtypeStruct((6,), jnp.int32)
+  monkeypatch.setattr(jax, "devices", lambda *_: [types.SimpleNamespace(core_count=132)])
+  text = str(jax.make_jaxpr(jax.grad(loss))(rhs, lhs, group_sizes))
+  assert re.search(r"bf16\[3,128,256\] = psum", text)
+
+
 def chosen(monkeypatch, device: dict, tokamax: bool, lhs, rhs) -> str:
   find_spec = importlib.util.find_spec
   fake = types.SimpleNamespace(**device)
@@ -208,3 +234,138 @@ def test_operands_that_do_not_fit_hopper():
   lhs, rhs, _, group_sizes = make([3, 4], 0, 128, 128, "bfloat16")
   with pytest.raises(ValueError, match=r"M a multiple of 8, .* got bfloat16 \(7, 128\)"):
     expert_matmul.grouped_matmul(lhs, rhs, group_sizes, "hopper")
+
+
+# ---- docs/moe_layer.md ----
+
+TEXT = (pathlib.Path(__file__).parent.parent / "docs" / "moe_layer.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+  return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def page():
+  """What the layer of the page defines."""
+  names = {}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(EXAMPLES)
+    exec(compile(blocks("python")[0], "moe_layer.md", "exec"), names)
+  return names
+
+
+def dense_layer(params, x, k):
+  """What every expert on every token gives, weighted with 0 where it is not chosen."""
+  weights, experts = jax.lax.top_k(x @ params["router"], k)
+  chosen = jax.nn.one_hot(experts, params["router"].shape[1])
+  gates = jnp.einsum("tk,tke->te", jax.nn.softmax(weights), chosen)
+  gate, up = jnp.split(jnp.einsum("td,edf->etf", x, params["gate_up"]), 2, axis=2)
+  outputs = jnp.einsum("etf,efd->etd", jax.nn.silu(gate) * up, params["down"])
+  return jnp.einsum("te,etd->td", gates, outputs)
+
+
+def compare_gradients(actual, expected, *args):
+  """Value and gradients of a random function of what two functions give."""
+  for a, b in zip(
+    *(
+      jax.tree.leaves(
+        jax.jit(jax.value_and_grad(lambda *x, f=f: jnp.sum(jnp.sin(f(*x))), (0, 1)))(*args)
+      )
+      for f in (actual, expected)
+    ),
+    strict=True,
+  ):
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(b).max()))
+
+
+def test_layer_of_the_page(page):
+  """The layer is what all experts on all tokens would give, forward and backward."""
+  k, params, x = page["k"], page["params"], page["x"]
+  with jax.default_matmul_precision("highest"):
+    assert page["y"].shape == x.shape
+    np.testing.assert_allclose(page["y"], dense_layer(params, x, k), atol=2e-5)
+    compare_gradients(
+      lambda params, x: page["moe_layer"](params, x, k)[0],
+      lambda params, x: dense_layer(params, x, k),
+      params,
+      x,
+    )
+  assert 0.009 < page["loss"] < 0.02
+
+
+def test_sharded_layer_of_the_page(page):
+  exec(compile(blocks("python")[2], "moe_layer.md", "exec"), page)
+  args = page["params"], page["x"]
+  compare_gradients(page["sharded"], lambda *args: page["moe_layer"](*args, page["k"])[0], *args)
+
+
+def test_padding_of_the_page(page):
+  """The page's line keeps a NaN past the groups out of the result and of all gradients."""
+  (line,) = (x for x in blocks("python")[0].splitlines() if "gate_up = grouped_matmul" in x)
+  text = blocks("python")[0].replace("logits, k)", "logits, k, where=where)")
+  text = text.replace("(params, x, k)", "(params, x, k, where)", 1)
+  mask = "".join(f"  {x}\n" for x in blocks("python")[1].splitlines())
+  text = text.replace(line, f"{line}\n{mask}").replace(line, line.replace("grouped_", "careless_"))
+  text = text[: text.index("tokens, width")]
+  names = {"careless_matmul": careless_matmul}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(EXAMPLES)
+    exec(compile(text, "moe_layer.md", "exec"), names)
+  params, x, k = page["params"], page["x"], page["k"]
+  where = jnp.arange(len(x)) % 3 > 0
+
+  def expected(params, x):
+    return jnp.where(where[:, None], dense_layer(params, x, k), 0)
+
+  with jax.default_matmul_precision("highest"):
+    compare_gradients(lambda *args: names["moe_layer"](*args, k, where)[0], expected, params, x)
+
+
+@jax.custom_vjp
+def careless_matmul(lhs, rhs, group_sizes):
+  """Leaves NaN past the groups, and counts all rows of the last block in the gradient."""
+  past = jnp.arange(len(lhs))[:, None] >= group_sizes.sum()
+  return jnp.where(past, jnp.nan, expert_matmul.grouped_matmul(lhs, rhs, group_sizes))
+
+
+def _careless_forward(lhs, rhs, group_sizes):
+  return careless_matmul(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+
+
+def _careless_backward(saved, cotangent):
+  lhs, rhs, group_sizes = saved
+  _, pull_back = jax.vjp(lambda *x: expert_matmul.grouped_matmul(*x, group_sizes), lhs, rhs)
+  of_lhs, of_rhs = pull_back(cotangent)
+  past = jnp.arange(len(lhs))[:, None] >= group_sizes.sum()
+  leak = jnp.sum(jnp.where(past, 0 * cotangent, 0)) + jnp.sum(jnp.where(past, 0 * lhs, 0))
+  return jnp.where(past, jnp.nan, of_lhs), of_rhs + leak, None
+
+
+careless_matmul.defvjp(_careless_forward, _careless_backward)
+
+
+def test_diff_of_the_page():
+  """Both sides of the diff of a MaxText-style layer compute the same."""
+  (diff,) = blocks("diff")
+  keys = jax.random.split(jax.random.key(0), 3)
+  num_experts, k, d = 8, 3, 16
+  matrices = jax.random.normal(keys[2], (num_experts, d, d))
+
+  def side(sign):
+    lines = (line[1:] for line in diff.splitlines() if line[:1] in (sign, " "))
+    code = compile("\n".join(lines), "moe_layer.md", "exec")
+
+    def layer(x, gate_logits):
+      names = {"jax": jax, "jnp": jnp, "jax_router": jax_router, "x": x, "k": k, "d": d}
+      names |= {"gate_logits": gate_logits, "num_experts": num_experts}
+      names["experts_of_rows"] = lambda rows, sizes: jax.lax.ragged_dot(rows, matrices, sizes)
+      exec(code, names)
+      return names["y"]
+
+    return layer
+
+  x = jax.random.normal(keys[0], (2, 20, d))
+  logits = jax.random.normal(keys[1], (2, 20, num_experts))
+  with jax.default_matmul_precision("highest"):
+    compare_gradients(side("+"), side("-"), x, logits)
