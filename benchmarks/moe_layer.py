@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import math
 import sys
+import threading
 import time
 from concurrent.futures import Future
 from typing import Any
@@ -38,6 +39,7 @@ WHOLE = "whole layer"
 WALL = "whole layer, wall"
 FORWARD, BOTH = "forward", "forward + backward"
 BAR = 0.25
+LOWERING = threading.Lock()
 
 # What is timed: the part; "plain" or "ours", of the matmuls the implementation; the direction.
 Key = tuple[str, str, str]
@@ -121,7 +123,9 @@ class Benchmark:
     function, args = part.forward, part.arguments
     if direction == BOTH:
       function, args = part.both, (*args, part.value_shape())
-    lowered = jax.jit(function).lower(*args)
+    # Python lowers Pallas kernels, one at a time in any case.
+    with LOWERING:
+      lowered = jax.jit(function).lower(*args)
     program = lowered.compile(compiler_options=gpu_timing.COMPILER_OPTIONS)
     return program, lowered.compile() if name == WHOLE and self._meter.is_gpu else None
 
