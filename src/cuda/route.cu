@@ -21,7 +21,8 @@ DeviceLimits limits_of(int device) {
   cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   int major = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  limits.has_clusters = major == 9 || major == 10;  // of eight blocks: data center chips
+  limits.has_clusters = major == 9 || major == 10;  // data center chips
+  limits.is_hopper = major == 9;
   return limits;
 }
 
