@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jax_router import _native, _operands, _options, _reference_replicas
 from jax_router._primitive import Operation, Result, make_primitive
@@ -181,7 +182,7 @@ def _check_offset(value: Any, lead: tuple[int, ...]) -> jax.Array:
 def _known(value: Any) -> np.ndarray | None:
   """The values of an array, None where it is traced or lies on other hosts."""
   if isinstance(value, jax.Array):
-    if isinstance(value, jax.core.Tracer) or not value.is_fully_addressable:
+    if isinstance(value, Tracer) or not value.is_fully_addressable:
       return None
     return jax.device_get(value)
   return np.asarray(value)
@@ -250,8 +251,9 @@ def _attributes(*, num_physical: int, policy: str, load: str, has_where: bool) -
 
 
 def _reference(*operands: jax.Array, has_where: bool, **params: Any):
+  experts, table, counts, offset = operands[:4]
   where = operands[4] if has_where else None
-  return _reference_replicas.assign_replicas(*operands[:4], where, **params)
+  return _reference_replicas.assign_replicas(experts, table, counts, offset, where, **params)
 
 
 _bind = make_primitive(

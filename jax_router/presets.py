@@ -5,7 +5,7 @@ Each preset is a read-only mapping of keyword arguments of `jax_router.route`, `
 
 A preset holds what the router's code and configuration fix, not what the checkpoint holds: models
 said to have a bias (`e_score_correction_bias`) need `bias=` with its values, in float32. The number
-of experts E is that of the logits. Shared experts and group-free models need no option.
+of experts E is that of the logits. Shared experts are not routed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ deepseek-ai/DeepSeek-V4-Flash config.json, and inference/model.py there.
 """
 
 deepseek_v4 = deepseek_v4_flash
-"""`deepseek_v4_flash`."""
+"""`deepseek_v4_flash`. DeepSeek-V4-Pro has the same rule over E = 384; take `scale` from its
+`routed_scaling_factor`.
+"""
 
 kimi_k2 = _preset(8, score="sigmoid", scale=2.827)
 """Kimi K2, E = 384: DeepSeek-V3's rule with a bias and one group.
