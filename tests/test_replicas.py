@@ -29,9 +29,9 @@ def compiled(**static):
 def assign(implementation):
   """`assign_replicas` under jit, as numpy."""
 
-  def call(experts, table, counts, where=None, offset=np.uint32(0), **static):
+  def call(experts, table, counts, where=None, offset=0, **static):
     function = compiled(**static, implementation=implementation)
-    return jax.device_get(function(experts, table, counts, where, offset))
+    return jax.device_get(function(experts, table, counts, where, np.uint32(offset)))
 
   return call
 
@@ -205,9 +205,9 @@ def test_64_bit_ids_are_not_cut_off():
   for experts in (big, big.astype(np.uint64)):
     physical, load = assign_replicas(experts, TABLE, COUNTS)
     assert physical.tolist() == [[8, 1]] * 3 and load.tolist() == [0, 3, 0, 0]
-  with pytest.raises(ValueError, match="replica_table must hold slots .* got 4294967296"):
+  with pytest.raises(ValueError, match=r"replica_table must hold slots .* got 4294967296"):
     assign_replicas(PAIRS, TABLE.astype(np.int64) + 2**32, COUNTS)
-  with pytest.raises(ValueError, match="replica_counts must lie in 1 .. R = 2, got 4294967297"):
+  with pytest.raises(ValueError, match=r"replica_counts must lie in 1 \.\. R = 2, got 4294967297"):
     assign_replicas(PAIRS, TABLE, np.full(4, 2**32 + 1))
 
 
