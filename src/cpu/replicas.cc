@@ -25,18 +25,18 @@ Split split_work(const ReplicasCall& call) {
   return split;
 }
 
-void run_task(const ReplicasCall& call, const Split& split, int64_t task, int32_t* scratch) {
-  const int64_t row = task / split.parts;
-  const int64_t begin = task % split.parts * split.part_tokens;
-  const int64_t limit = begin + split.part_tokens;
-  const int64_t end = limit < call.tokens ? limit : call.tokens;
+// Assigns tokens [begin, end) of a batch row. Copies of what does not change stay in registers, for
+// the compiler sees that no result overwrites them.
+template <Policy kPolicy, Load kLoad>
+void assign_tokens(const ReplicasCall& given, int64_t row, int64_t begin, int64_t end,
+                   int32_t* load) {
+  ReplicasCall call = given;
+  call.policy = kPolicy;
+  call.load_of = kLoad;
   const int32_t* table = call.table + row * call.num_experts * call.width;
   const int32_t* counts = call.counts + row * call.num_experts;
   const bool* where = call.where == nullptr ? nullptr : call.where + row * call.tokens;
   const uint32_t offset = call.offset[row];
-  int32_t* load = call.load + row * call.bins;
-  int32_t* own = split.parts == 1 ? load : scratch;
-  std::memset(own, 0, static_cast<size_t>(call.bins) * sizeof(int32_t));
   for (int64_t t = begin; t < end; ++t) {
     const int32_t* experts = call.experts + (row * call.tokens + t) * call.slots;
     int32_t* physical = call.physical + (row * call.tokens + t) * call.slots;
@@ -45,8 +45,33 @@ void run_task(const ReplicasCall& call, const Split& split, int64_t task, int32_
     for (int64_t j = 0; j < call.slots; ++j) {
       const Replica replica = find_replica(call, table, counts, token, padding ? -1 : experts[j]);
       physical[j] = replica.slot;
-      if (replica.bin >= 0) ++own[replica.bin];
+      if (replica.bin >= 0) ++load[replica.bin];
     }
+  }
+}
+
+template <Policy kPolicy>
+void assign_counted(const ReplicasCall& call, int64_t row, int64_t begin, int64_t end,
+                    int32_t* load) {
+  if (call.load_of == Load::kLogical) {
+    assign_tokens<kPolicy, Load::kLogical>(call, row, begin, end, load);
+  } else {
+    assign_tokens<kPolicy, Load::kPhysical>(call, row, begin, end, load);
+  }
+}
+
+void run_task(const ReplicasCall& call, const Split& split, int64_t task, int32_t* scratch) {
+  const int64_t row = task / split.parts;
+  const int64_t begin = task % split.parts * split.part_tokens;
+  const int64_t limit = begin + split.part_tokens;
+  const int64_t end = limit < call.tokens ? limit : call.tokens;
+  int32_t* load = call.load + row * call.bins;
+  int32_t* own = split.parts == 1 ? load : scratch;
+  std::memset(own, 0, static_cast<size_t>(call.bins) * sizeof(int32_t));
+  if (call.policy == Policy::kHash) {
+    assign_counted<Policy::kHash>(call, row, begin, end, own);
+  } else {
+    assign_counted<Policy::kXorshift>(call, row, begin, end, own);
   }
   if (split.parts == 1) return;
   for (int64_t i = 0; i < call.bins; ++i) {
