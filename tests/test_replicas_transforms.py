@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import jax_router
 import oracle_replicas as oracle
-from jax_router import assign_replicas
+from jax_router import _replicas, assign_replicas
+from jax_router.compat import fastdeploy
 from programs import assert_equal, calls, collectives, loop, put
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -265,3 +269,18 @@ def test_shard_map_over_one_of_two_axes(case, make_mesh):
     ids = put(mesh, experts, ("d", "m"), None)
     assert "all-gather" not in collectives(mapped, ids)
     assert_equal(jax.jit(mapped)(ids), expected(experts))
+
+
+# ---- documentation ----
+
+
+def test_page_and_docstrings():
+  """The examples in the page and in the docstrings."""
+  path = pathlib.Path(__file__).parents[1] / "docs" / "grouped_routing.md"
+  blocks = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+  assert len(blocks) == 5
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    exec(compile("\n".join(blocks), str(path), "exec"), {})
+  for module in (_replicas, fastdeploy):
+    result = doctest.testmod(module)
+    assert result.attempted > 0 and result.failed == 0
