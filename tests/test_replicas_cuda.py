@@ -1,4 +1,4 @@
-"""What only a GPU can show of `assign_replicas`: every launch, batches, repeats, command buffers."""
+"""What only a GPU can show of `assign_replicas`: launches, batches, repeats, command buffers."""
 
 from __future__ import annotations
 
