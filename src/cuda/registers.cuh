@@ -164,6 +164,55 @@ __device__ __forceinline__ RowValues<T, kBiased> row_values(const RouteForward& 
   return row;
 }
 
+// Puts what elements are compared by, whatever the groups, in the place of logits. One score for
+// all, known here, so that the chains of operations of many elements overlap.
+template <typename S, Score kScore, typename T>
+__device__ __forceinline__ void add_bias(const RowValues<T, true>& row,
+                                         float (&x)[S::kChunks][kChunk], int lane) {
+  const bool in_fours = row.aligned && reinterpret_cast<uintptr_t>(row.bias) % 16 == 0;
+#pragma unroll
+  for (int j = 0; j < S::kChunks; ++j) {
+    const int e = (j * S::kLanes + lane) * kChunk;
+    float bias[kChunk];
+    if (in_fours) {
+      const bool inside = e < row.experts;
+      (inside ? Four<float>::load(row.bias + e) : Four<float>::lowest()).unpack(bias);
+    } else {
+      Four<float>::load_some(row.bias + e, row.experts - e).unpack(bias);
+    }
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) {
+      // Under "none" a -inf input stays one: its key, unlike its score, is not 0. Past the end the
+      // bias is -inf.
+      const float y = kScore == Score::kNone ? x[j][c] : score_of(x[j][c], kScore, row.softmax);
+      x[j][c] = x[j][c] == x[j][c] ? add_keys(y, bias[c]) : -kInfinity;
+    }
+  }
+}
+
+template <typename S, typename T>
+__device__ __forceinline__ void turn_into_keys(const RowValues<T, true>& row,
+                                               float (&x)[S::kChunks][kChunk], int lane) {
+  if (row.bias == nullptr) {
+#pragma unroll
+    for (int j = 0; j < S::kChunks; ++j) {
+#pragma unroll
+      for (int c = 0; c < kChunk; ++c) x[j][c] = larger(x[j][c], -kInfinity);
+    }
+    return;
+  }
+  switch (row.score) {
+    case Score::kSoftmax:
+      return add_bias<S, Score::kSoftmax>(row, x, lane);
+    case Score::kSigmoid:
+      return add_bias<S, Score::kSigmoid>(row, x, lane);
+    case Score::kSqrtSoftplus:
+      return add_bias<S, Score::kSqrtSoftplus>(row, x, lane);
+    default:
+      return add_bias<S, Score::kNone>(row, x, lane);
+  }
+}
+
 // Lists the survivors of the row that a group of lanes holds. `ids` is the group's list, `groups`
 // its memory for the scores of groups. Returns false in `fits` where they do not fit it.
 template <typename T, typename S, bool kBiased>
@@ -176,14 +225,7 @@ __device__ __forceinline__ Candidates list_candidates(
     row.softmax = softmax_of<S>(x, top_of<S>(x));
   }
   if constexpr (kBiased) {
-#pragma unroll
-    for (int j = 0; j < S::kChunks; ++j) {
-#pragma unroll
-      for (int c = 0; c < kChunk; ++c) {
-        const int e = (j * S::kLanes + lane) * kChunk + c;
-        if (e < row.experts) x[j][c] = row.value(x[j][c], e);
-      }
-    }
+    turn_into_keys<S>(row, x, lane);
     if (options.group_count > 0) {
       row.kept = keep_groups<S>(options, row.experts, x, *groups, lane);
     }
