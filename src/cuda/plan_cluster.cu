@@ -17,8 +17,9 @@ namespace {
 constexpr int kClusterBlocks = 16;  // more than eight are allowed on Hopper, if asked for
 constexpr int kWarps = 32;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kOwned = 4;  // entries of a thread
-constexpr int64_t kMostEntries = kClusterBlocks * kThreads * kOwned;
+constexpr int kOwned = 4;                // entries of a thread
+constexpr int64_t kMostEntries = 32768;  // more are placed faster by all processors
+static_assert(kMostEntries <= kClusterBlocks * kThreads * kOwned);
 constexpr int64_t kStaticBytes = 256;
 
 int64_t shared_bytes(int64_t experts) {
