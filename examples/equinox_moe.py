@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 import jax_router
+from expert_matmul import grouped_matmul
 
 WIDTH, HIDDEN, EXPERTS, K = 16, 32, 8, 2
 TOKENS = 256
@@ -27,31 +28,26 @@ class MoE(eqx.Module):
   """A layer of experts, for all tokens at once: what balances them are sums over the tokens."""
 
   router: eqx.nn.Linear
-  experts: eqx.nn.MLP  # All experts in one: each of its arrays has a leading axis of experts.
+  up: jax.Array
+  down: jax.Array
   k: int = eqx.field(static=True)
 
   def __init__(self, width: int, hidden: int, experts: int, k: int, key: jax.Array):
-    router_key, experts_key = jax.random.split(key)
-
-    def make_expert(key):
-      return eqx.nn.MLP(width, width, hidden, depth=1, key=key)
-
+    router_key, up_key, down_key = jax.random.split(key, 3)
     self.router = eqx.nn.Linear(width, experts, use_bias=False, key=router_key)
-    self.experts = eqx.filter_vmap(make_expert)(jax.random.split(experts_key, experts))
+    self.up = jax.random.normal(up_key, (experts, width, hidden)) / width**0.5
+    self.down = jax.random.normal(down_key, (experts, hidden, width)) / hidden**0.5
     self.k = k
 
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax_router.RouterStats]:
     """Output of tokens `[N, D]`, and how evenly the experts are used."""
     logits = jax.vmap(self.router)(x)
     (weights, experts), stats = jax_router.route_with_stats(logits, self.k)
-    arrays, static = eqx.partition(self.experts, eqx.is_array)
-
-    def mix(x, weights, experts):
-      # A copy of the chosen experts for every token: simple, and good for small layers only.
-      chosen = eqx.combine(jax.tree.map(lambda array: array[experts], arrays), static)
-      return weights @ eqx.filter_vmap(lambda expert: expert(x))(chosen)
-
-    return jax.vmap(mix)(x, weights, experts), stats
+    plan = jax_router.plan(experts, len(self.up))
+    rows = jax_router.permute(x, plan)  # sorted by expert, so that each expert is one matmul
+    hidden = jax.nn.relu(grouped_matmul(rows, self.up, plan.group_sizes))
+    outputs = grouped_matmul(hidden, self.down, plan.group_sizes)
+    return jax_router.combine(outputs, weights, plan), stats
 
 
 def make_batch(key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -10,45 +10,37 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jax_router
+from expert_matmul import grouped_matmul
 
 VOCABULARY = 256
 HEAD_SIZE = 64
-BLOCK_ROWS = 64
 BALANCE_COEFFICIENT = 0.03
 Z_COEFFICIENT = 0.001
 
 
 def expert_mlps(
-  x: jax.Array, weights: jax.Array, experts: jax.Array, up: jax.Array, down: jax.Array
+  x: jax.Array,
+  weights: jax.Array,
+  experts: jax.Array,
+  up: jax.Array,
+  down: jax.Array,
+  implementation: str | None = None,
 ) -> jax.Array:
   """Sends every token through its k experts and adds up what they return, weighted.
 
-  Each expert gets as many blocks of `BLOCK_ROWS` rows as its tokens fill. So all shapes are static,
-  no token is dropped however uneven the load, and the experts are one batched matmul over blocks.
+  No token is dropped, however uneven the load: the rows are sorted by expert.
 
   Args:
     x: `[N, D]` tokens.
     weights, experts: `[N, k]`, from `route`.
-    up, down: `[E, D, F]` and `[E, F, D]`, the MLP of each expert.
+    up, down: `[E, D, F]` and `[E, F, D]` in the dtype of `x`, the MLP of each expert.
+    implementation: of `jax_router`'s operations.
   """
-  (tokens, k), num_experts = experts.shape, up.shape[0]
-  slots = experts.reshape(-1)
-  belongs = jax.nn.one_hot(slots, num_experts, dtype=jnp.int32)
-  # How many slots before this one have the same expert.
-  rank = jnp.take_along_axis(jnp.cumsum(belongs, axis=0) - 1, slots[:, None], axis=1)[:, 0]
-  blocks = (belongs.sum(axis=0) + BLOCK_ROWS - 1) // BLOCK_ROWS
-  end = jnp.cumsum(blocks)
-  row = (end - blocks)[slots] * BLOCK_ROWS + rank
-  num_blocks = tokens * k // BLOCK_ROWS + num_experts
-  # The expert of each block. Blocks behind the last one in use stay empty: any expert will do.
-  owner = jnp.searchsorted(end, jnp.arange(num_blocks), side="right").clip(max=num_experts - 1)
-
-  rows = jnp.zeros((num_blocks * BLOCK_ROWS, x.shape[1]), x.dtype)
-  rows = rows.at[row].set(jnp.repeat(x, k, axis=0), unique_indices=True)
-  hidden = jnp.einsum("brd,bdf->brf", rows.reshape(num_blocks, BLOCK_ROWS, -1), up[owner])
-  outputs = jnp.einsum("brf,bfd->brd", jax.nn.relu(hidden) ** 2, down[owner]).reshape(rows.shape)
-  outputs = outputs.at[row].get(unique_indices=True).reshape(tokens, k, -1)
-  return jnp.sum(outputs * weights[..., None], axis=1)
+  plan = jax_router.plan(experts, len(up), implementation=implementation)
+  rows = jax_router.permute(x, plan, implementation=implementation)
+  hidden = jax.nn.relu(grouped_matmul(rows, up, plan.group_sizes)) ** 2
+  outputs = grouped_matmul(hidden, down, plan.group_sizes)
+  return jax_router.combine(outputs, weights, plan, implementation=implementation)
 
 
 def route(
@@ -67,9 +59,18 @@ def route(
 class MoE(nnx.Module):
   """A layer of experts: a linear router, the choice of experts, and the experts' MLPs."""
 
-  def __init__(self, width: int, experts: int, k: int, implementation: str | None, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    width: int,
+    experts: int,
+    k: int,
+    expert_dtype: str,
+    implementation: str | None,
+    rngs: nnx.Rngs,
+  ):
     init = nnx.initializers.lecun_normal(batch_axis=0)
     self.k = k
+    self.expert_dtype = expert_dtype
     self.implementation = implementation
     self.router = nnx.Linear(width, experts, use_bias=False, rngs=rngs)
     self.up = nnx.Param(init(rngs.params(), (experts, width, width)))
@@ -78,7 +79,9 @@ class MoE(nnx.Module):
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Output of tokens `[N, D]`, loss of the router, and how many tokens each expert got `[E]`."""
     (weights, experts), loss, load = route(self.router(x), self.k, self.implementation)
-    return expert_mlps(x, weights, experts, self.up[...], self.down[...]), loss, load
+    rows, up, down = (a.astype(self.expert_dtype) for a in (x, self.up[...], self.down[...]))
+    y = expert_mlps(rows, weights, experts, up, down, self.implementation)
+    return y.astype(x.dtype), loss, load
 
 
 def rotate(x: jax.Array) -> jax.Array:
@@ -129,11 +132,12 @@ class LanguageModel(nnx.Module):
     layers: int,
     experts: int,
     k: int,
+    expert_dtype: str = "float32",
     implementation: str | None = None,
     rngs: nnx.Rngs,
   ):
     def block() -> Block:
-      return Block(width, MoE(width, experts, k, implementation, rngs), rngs)
+      return Block(width, MoE(width, experts, k, expert_dtype, implementation, rngs), rngs)
 
     self.embedding = nnx.Embed(VOCABULARY, width, rngs=rngs)
     self.blocks = nnx.List([block() for _ in range(layers)])

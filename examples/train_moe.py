@@ -49,13 +49,21 @@ class Settings:
   experts: int = 16
   k: int = 2
   seed: int = 0
+  expert_dtype: str = "float32"
   implementation: str | None = None
   output: pathlib.Path = pathlib.Path("train_moe.png")
   quiet: bool = False
 
 
 GPU_SETTINGS = Settings(
-  steps=1500, batch_size=32, sequence_length=256, width=256, layers=6, experts=64, k=4
+  steps=1500,
+  batch_size=32,
+  sequence_length=256,
+  width=256,
+  layers=6,
+  experts=64,
+  k=4,
+  expert_dtype="bfloat16",
 )
 
 
@@ -86,6 +94,7 @@ def make_model(settings: Settings) -> LanguageModel:
     layers=settings.layers,
     experts=settings.experts,
     k=settings.k,
+    expert_dtype=settings.expert_dtype,
     implementation=settings.implementation,
     rngs=nnx.Rngs(settings.seed),
   )
@@ -232,6 +241,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
   for name in lowest:
     option, value = "--" + name.replace("_", "-"), getattr(default, name)
     parser.add_argument(option, type=int, default=value, help=f"default {value}")
+  dtype = default.expert_dtype
+  dtypes = ("float32", "bfloat16")
+  help_text = f"of the experts' matmuls, default {dtype}"
+  parser.add_argument("--expert-dtype", choices=dtypes, default=dtype, help=help_text)
   parser.add_argument("--implementation", choices=choices, default="auto", help="default auto")
   parser.add_argument("--output", type=pathlib.Path, default=default.output, help="PNG to write")
   parser.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -1,5 +1,6 @@
 """Fused Mixture-of-Experts routing for JAX."""
 
+from jax_router import presets as presets
 from jax_router._balance import quantile_bias as quantile_bias
 from jax_router._balance import quantile_histogram as quantile_histogram
 from jax_router._balance import update_bias as update_bias
@@ -25,6 +26,7 @@ from jax_router._permute import combine as combine
 from jax_router._permute import permute as permute
 from jax_router._plan import Plan as Plan
 from jax_router._plan import plan as plan
+from jax_router._replicas import assign_replicas as assign_replicas
 from jax_router._route import route as route
 from jax_router._route_blocks import max_fused_tokens as max_fused_tokens
 from jax_router._route_blocks import route_and_plan_blocks as route_and_plan_blocks

@@ -104,15 +104,15 @@ def check_array(name: str, value: Any) -> jax.Array:
   return jnp.asarray(value)
 
 
-def check_logits(logits: Any) -> jax.Array:
+def check_logits(logits: Any, name: str = "logits") -> jax.Array:
   """Logits as a jax.Array of at least one dimension and a supported dtype."""
-  logits = check_array("logits", logits)
+  logits = check_array(name, logits)
   if logits.dtype.name not in LOGITS_DTYPES:
-    raise TypeError(f"logits must be one of {', '.join(LOGITS_DTYPES)}, got {logits.dtype.name}")
+    raise TypeError(f"{name} must be one of {', '.join(LOGITS_DTYPES)}, got {logits.dtype.name}")
   if logits.ndim == 0:
-    raise ValueError("logits must have shape [..., E], got a scalar")
+    raise ValueError(f"{name} must have shape [..., E], got a scalar")
   if logits.shape[-1] < 1:
-    raise ValueError(f"logits must have at least one expert (last axis), got shape {logits.shape}")
+    raise ValueError(f"{name} must have at least one expert (last axis), got shape {logits.shape}")
   return logits
 
 
@@ -144,13 +144,13 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
   return value
 
 
-def check_scale(scale: Any) -> float:
+def check_scale(scale: Any, name: str = "scale") -> float:
   """`scale` as a Python float that float32 can hold, and its inverse too unless it is 0."""
   if isinstance(scale, bool) or not isinstance(scale, (int, float, np.integer, np.floating)):
-    raise TypeError(f"scale must be a static Python number, got {type(scale).__name__}")
+    raise TypeError(f"{name} must be a static Python number, got {type(scale).__name__}")
   smallest, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
   if not (math.isfinite(scale) and (scale == 0 or smallest <= abs(scale) <= largest)):
-    raise ValueError(f"scale must be 0 or a finite normal float32, got {scale}")
+    raise ValueError(f"{name} must be 0 or a finite normal float32, got {scale}")
   return float(np.float32(scale))
 
 

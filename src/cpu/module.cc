@@ -19,6 +19,8 @@
 #include "permute_ffi.h"
 #include "plan.h"
 #include "plan_ffi.h"
+#include "replicas.h"
+#include "replicas_ffi.h"
 #include "route.h"
 #include "route_ffi.h"
 #include "scores.h"
@@ -372,6 +374,26 @@ ffi::Future experts(ffi::ThreadPool pool, ffi::AnyBuffer h, ffi::AnyBuffer w2, f
 
 XLA_FFI_DEFINE_HANDLER(kExperts, experts, bind_experts<ffi::ThreadPool>());
 
+// ---- replicas ----
+
+ffi::Future replicas(ffi::ThreadPool pool, ffi::AnyBuffer experts, ffi::AnyBuffer table,
+                     ffi::AnyBuffer counts, ffi::AnyBuffer offset, ffi::RemainingArgs optional,
+                     ffi::Result<ffi::AnyBuffer> physical, ffi::Result<ffi::AnyBuffer> load,
+                     int64_t num_physical, int64_t policy, int64_t load_of, bool has_where) {
+  ReplicasCall call;
+  ffi::Error error = decode_replicas({num_physical, policy, load_of, has_where}, experts, table,
+                                     counts, offset, optional, *physical, *load, &call);
+  if (error.failure()) return finished(std::move(error));
+  prepare_replicas(call);
+  return parallel_rows(pool, replicas_tasks(call), replicas_task_cost(call),
+                       [call](int64_t begin, int64_t end) {
+                         const Scratch scratch(replicas_scratch_bytes(call));
+                         run_replicas(call, begin, end, scratch.data());
+                       });
+}
+
+XLA_FFI_DEFINE_HANDLER(kReplicas, replicas, bind_replicas<ffi::ThreadPool>());
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -393,6 +415,7 @@ nb::dict handlers() {
   table["route_and_plan_blocks"] = nb::capsule(reinterpret_cast<void*>(kRouteAndPlanBlocks));
   table["experts"] = nb::capsule(reinterpret_cast<void*>(kExperts));
   table["plan"] = nb::capsule(reinterpret_cast<void*>(kPlan));
+  table["assign_replicas"] = nb::capsule(reinterpret_cast<void*>(kReplicas));
   return table;
 }
 

@@ -15,6 +15,8 @@
 #include "permute_ffi.h"
 #include "plan.h"
 #include "plan_ffi.h"
+#include "replicas.h"
+#include "replicas_ffi.h"
 #include "route.h"
 #include "route_ffi.h"
 #include "scores.h"
@@ -251,6 +253,22 @@ ffi::Error plan(cudaStream_t stream, ffi::AnyBuffer ids, ffi::Result<ffi::AnyBuf
 
 XLA_FFI_DEFINE_HANDLER(kPlan, plan, bind_plan<Stream>(), {ffi::Traits::kCmdBufferCompatible});
 
+// ---- replicas ----
+
+ffi::Error replicas(cudaStream_t stream, ffi::AnyBuffer experts, ffi::AnyBuffer table,
+                    ffi::AnyBuffer counts, ffi::AnyBuffer offset, ffi::RemainingArgs optional,
+                    ffi::Result<ffi::AnyBuffer> physical, ffi::Result<ffi::AnyBuffer> load,
+                    int64_t num_physical, int64_t policy, int64_t load_of, bool has_where) {
+  ReplicasCall call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_replicas({num_physical, policy, load_of, has_where}, experts,
+                                             table, counts, offset, optional, *physical, *load,
+                                             &call));
+  return launch_result("assign_replicas", launch_replicas(call, stream));
+}
+
+XLA_FFI_DEFINE_HANDLER(kReplicas, replicas, bind_replicas<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
 // ---- table ----
 
 nb::dict handlers() {
@@ -271,6 +289,7 @@ nb::dict handlers() {
   table["blocks"] = nb::capsule(reinterpret_cast<void*>(kBlocks));
   table["route_and_plan_blocks"] = nb::capsule(reinterpret_cast<void*>(kRouteAndPlanBlocks));
   table["plan"] = nb::capsule(reinterpret_cast<void*>(kPlan));
+  table["assign_replicas"] = nb::capsule(reinterpret_cast<void*>(kReplicas));
   return table;
 }
 

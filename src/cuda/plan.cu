@@ -16,8 +16,9 @@ namespace {
 
 constexpr int kWholeThreads = 1024;
 constexpr int kBlockThreads = 512;
-constexpr int kUnroll = 4;             // ids that a thread reads before it uses them
-constexpr int64_t kStaticBytes = 256;  // at most, of shared memory
+constexpr int kUnroll = 4;              // ids that a thread reads before it uses them
+constexpr int64_t kStaticBytes = 256;   // at most, of shared memory
+constexpr int64_t kMostOfBlock = 2048;  // entries that one block sorts as fast as a cluster
 
 // ---- entries of a warp ----
 
@@ -219,6 +220,9 @@ cudaError_t launch_place(const PlanCall& call, int64_t block_entries, cudaStream
 
 cudaError_t launch_plan(const PlanCall& call, cudaStream_t stream) {
   if (call.batch == 0) return cudaSuccess;
+  if (call.entries > kMostOfBlock && plan_cluster_fits(call)) {
+    return launch_plan_cluster(call, stream);
+  }
   if (call.whole()) return launch_place<true, kWholeThreads>(call, call.entries, stream);
   const int64_t block_entries = (call.entries + call.blocks - 1) / call.blocks;
   const int64_t columns = call.experts + 1;

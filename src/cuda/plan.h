@@ -12,6 +12,10 @@ namespace jax_router {
 
 cudaError_t launch_plan(const PlanCall& call, cudaStream_t stream);
 
+// By a cluster, on Hopper.
+bool plan_cluster_fits(const PlanCall& call);
+cudaError_t launch_plan_cluster(const PlanCall& call, cudaStream_t stream);
+
 }  // namespace jax_router
 
 #endif  // JAX_ROUTER_CUDA_PLAN_H_

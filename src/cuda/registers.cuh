@@ -5,9 +5,11 @@
 
 #include <cstdint>
 
+#include "groups.cuh"
 #include "network.cuh"
 #include "options.h"
 #include "row.cuh"
+#include "shape.cuh"
 #include "stats.cuh"
 #include "survivors.cuh"
 #include "write.cuh"
@@ -15,18 +17,6 @@
 namespace jax_router {
 
 inline constexpr int kRegisterWarps = 4;  // of a block
-
-// Geometry of a kernel: kLanes lanes share a row, each with up to kChunks chunks of it and kClasses
-// classes. kListed survivors fit the list of a token.
-template <int kLanes_, int kChunks_, int kClasses_, int kListed_>
-struct Shape {
-  static constexpr int kLanes = kLanes_;
-  static constexpr int kChunks = kChunks_;
-  static constexpr int kClasses = kClasses_;
-  static constexpr int kListed = kListed_;
-  static constexpr int kColumns = kLanes * kChunks * kChunk;
-  static constexpr int kMaxima = kLanes == kWarpSize ? kClasses : 0;  // in shared memory
-};
 
 // A row in registers: element (j * kLanes + lane) * 4 + c in part c of chunk j.
 template <typename T, typename S>
@@ -153,41 +143,91 @@ struct Candidates {
   }
 };
 
+// The bias of a token's batch row. A division of 64 bits takes a hundred instructions.
+__device__ __forceinline__ const float* bias_of(const RouteForward& call, int64_t token) {
+  if (call.bias == nullptr || call.tokens == call.tokens_per_batch) return call.bias;
+  return call.bias + token / call.tokens_per_batch * call.experts;
+}
+
 template <typename T, bool kBiased>
 __device__ __forceinline__ RowValues<T, kBiased> row_values(const RouteForward& call,
                                                             const RouteOptions& options,
                                                             int64_t token) {
   RowValues<T, kBiased> row;
   row.logits = static_cast<const T*>(call.logits) + token * call.experts;
-  row.bias = kBiased ? call.bias + token / call.tokens_per_batch * call.experts : nullptr;
+  row.bias = kBiased ? bias_of(call, token) : nullptr;
   row.experts = static_cast<int>(call.experts);
   row.aligned = call.aligned;
   row.score = options.score;
   row.softmax = {0.0f, 1.0f};
+  row.kept = {~uint64_t{0}, 0};
   return row;
 }
 
-// Lists the survivors of the row that a group of lanes holds. `ids` is the group's list. Returns
-// false in `fits` where they do not fit it.
-template <typename T, typename S, bool kBiased>
-__device__ __forceinline__ Candidates list_candidates(const RouteOptions& options,
-                                                      RowValues<T, kBiased>& row,
-                                                      const RegisterRow<T, S>& registers,
-                                                      uint32_t ids, ClassMaxima<S::kMaxima> maxima,
-                                                      int lane, bool* fits) {
-  float x[S::kChunks][kChunk];
-  registers.unpack(x);
-  if (options.score == Score::kSoftmax && (kBiased || !options.renormalize)) {
-    row.softmax = softmax_of<S>(x, top_of<S>(x));
+// Puts what elements are compared by, whatever the groups, in the place of logits. One score for
+// all, known here, so that the chains of operations of many elements overlap.
+template <typename S, Score kScore, typename T>
+__device__ __forceinline__ void add_bias(const RowValues<T, true>& row,
+                                         float (&x)[S::kChunks][kChunk], int lane) {
+  const bool in_fours = row.aligned && reinterpret_cast<uintptr_t>(row.bias) % 16 == 0;
+#pragma unroll
+  for (int j = 0; j < S::kChunks; ++j) {
+    const int e = (j * S::kLanes + lane) * kChunk;
+    float bias[kChunk];
+    if (in_fours) {
+      const bool inside = e < row.experts;
+      (inside ? Four<float>::load(row.bias + e) : Four<float>::lowest()).unpack(bias);
+    } else {
+      Four<float>::load_some(row.bias + e, row.experts - e).unpack(bias);
+    }
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) {
+      // Under "none" a -inf input stays one: its key, unlike its score, is not 0. Past the end the
+      // bias is -inf.
+      const float y = kScore == Score::kNone ? x[j][c] : score_of(x[j][c], kScore, row.softmax);
+      x[j][c] = x[j][c] == x[j][c] ? add_keys(y, bias[c]) : -kInfinity;
+    }
   }
-  if constexpr (kBiased) {
+}
+
+template <typename S, typename T>
+__device__ __forceinline__ void turn_into_keys(const RowValues<T, true>& row,
+                                               float (&x)[S::kChunks][kChunk], int lane) {
+  if (row.bias == nullptr) {
 #pragma unroll
     for (int j = 0; j < S::kChunks; ++j) {
 #pragma unroll
-      for (int c = 0; c < kChunk; ++c) {
-        const int e = (j * S::kLanes + lane) * kChunk + c;
-        if (e < row.experts) x[j][c] = row.value(x[j][c], e);
-      }
+      for (int c = 0; c < kChunk; ++c) x[j][c] = larger(x[j][c], -kInfinity);
+    }
+    return;
+  }
+  switch (row.score) {
+    case Score::kSoftmax:
+      return add_bias<S, Score::kSoftmax>(row, x, lane);
+    case Score::kSigmoid:
+      return add_bias<S, Score::kSigmoid>(row, x, lane);
+    case Score::kSqrtSoftplus:
+      return add_bias<S, Score::kSqrtSoftplus>(row, x, lane);
+    default:
+      return add_bias<S, Score::kNone>(row, x, lane);
+  }
+}
+
+// Lists the survivors of the row that a group of lanes holds. `ids` is the group's list, `groups`
+// its memory for the scores of groups. Returns false in `fits` where they do not fit it.
+template <typename T, typename S, bool kBiased>
+__device__ __forceinline__ Candidates list_candidates(
+    const RouteOptions& options, RowValues<T, kBiased>& row, const RegisterRow<T, S>& registers,
+    uint32_t ids, GroupScratch<S>* groups, ClassMaxima<S::kMaxima> maxima, int lane, bool* fits) {
+  float x[S::kChunks][kChunk];
+  registers.unpack(x);
+  if (options.score == Score::kSoftmax && (row.bias != nullptr || !options.renormalize)) {
+    row.softmax = softmax_of<S>(x, top_of<S>(x));
+  }
+  if constexpr (kBiased) {
+    turn_into_keys<S>(row, x, lane);
+    if (options.group_count > 0) {
+      row.kept = keep_groups<S>(options, row.experts, x, *groups, lane);
     }
   }
   *fits = true;

@@ -12,15 +12,15 @@ namespace jax_router {
 template <int kChunks>
 using SingleShape = Shape<32, kChunks, 2, 128>;
 
-// Routes one token by one warp. `bits`: its row of a bitmap; `sums` and `counts`: where there are
-// statistics. Then `registers` is loaded with the row of token `next`, if there is one, while the
-// choice is written.
+// Routes one token by one warp. `groups`: where kBiased; `bits`: its row of a bitmap; `sums` and
+// `counts`: where there are statistics. Then `registers` is loaded with the row of token `next`, if
+// there is one, while the choice is written.
 template <typename T, typename S, bool kBiased, Extra kExtra, typename Sums>
 __device__ __forceinline__ void route_token(const RouteForward& call, const RouteOptions& options,
                                             int64_t token, int64_t next,
                                             RegisterRow<T, S>& registers,
-                                            WarpScratch<S, 1>& scratch, uint32_t* bits, Sums* sums,
-                                            int32_t* counts) {
+                                            WarpScratch<S, 1>& scratch, GroupScratch<S>* groups,
+                                            uint32_t* bits, Sums* sums, int32_t* counts) {
   constexpr bool kDense = kExtra == Extra::kDense;
   const int lane = threadIdx.x % kWarpSize;
   const uint32_t ids = shared_address(scratch.ids);
@@ -30,7 +30,7 @@ __device__ __forceinline__ void route_token(const RouteForward& call, const Rout
   const int words = kDense ? bitmap_words(call) : 0;
   bool fits;
   Candidates found =
-      list_candidates<T, S, kBiased>(options, row, registers, ids, maxima, lane, &fits);
+      list_candidates<T, S, kBiased>(options, row, registers, ids, groups, maxima, lane, &fits);
   if constexpr (kDense) {
     clear_bitmap(bits, words, lane);
     clear_dense<T>(call, token, 1, lane);

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "groups.cuh"
 #include "options.h"
 #include "route.h"
 
@@ -20,7 +21,8 @@ DeviceLimits limits_of(int device) {
   cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   int major = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  limits.has_clusters = major == 9 || major == 10;  // of eight blocks: data center chips
+  limits.has_clusters = major == 9 || major == 10;  // data center chips
+  limits.is_hopper = major == 9;
   return limits;
 }
 
@@ -37,14 +39,16 @@ cudaError_t launch_route(const RouteForward& call, const RouteOptions& options,
   if (call.tokens == 0) return cudaSuccess;
   RouteForward checked = call;
   checked.aligned = allows_fours(call);
-  const bool listed = call.given == nullptr && options.group_count == 0 && options.k <= kMostListed;
+  const bool listed =
+      call.given == nullptr && options.k <= kMostListed && groups_in_registers(call, options);
   if (listed && call.experts <= kMostInLanes && options.k <= 8) {
     return launch_route_lanes(checked, options, stream);
   }
   if (listed && call.experts <= kMostInRegisters) {
     return launch_route_warp(checked, options, stream);
   }
-  if (listed && call.bias == nullptr && call.experts < 65536 && route_shared_fits(call, options)) {
+  if (listed && !needs_keys(call, options) && call.experts < 65536 &&
+      route_shared_fits(call, options)) {
     return launch_route_shared(checked, options, stream);
   }
   return launch_route_general(checked, options, stream);

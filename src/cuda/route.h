@@ -58,8 +58,9 @@ inline bool allows_fours(const RouteForward& call) {
 
 struct DeviceLimits {
   int processors;
-  int shared_bytes;  // of a block, at most
-  bool has_clusters;
+  int shared_bytes;   // of a block, at most
+  bool has_clusters;  // of eight blocks
+  bool is_hopper;     // has clusters of sixteen
 };
 
 DeviceLimits limits_of(int device);

@@ -26,23 +26,30 @@ constexpr int64_t kMostListed = 48;
 constexpr int64_t kBytesOfThread = 64;  // of zeros
 constexpr int kReservedBytes = 2048;    // of shared memory, for what is not dynamic
 
-using RegisterShape = SingleShape<4>;
-using RegisterScratch = WarpScratch<RegisterShape, 1>;
+// Few experts a token have few survivors to rank.
+using FewShape = Shape<32, 4, 1, 32>;
+using ManyShape = SingleShape<4>;
+
+template <typename S>
+struct RegisterScratch {
+  WarpScratch<S, 1> token;
+  GroupScratch<S> groups;  // where there are any
+};
 
 // How a token is routed: with its row in registers, there with a bias, or by keys.
 enum class Rows { kRegisters, kBiased, kKeys };
 
 Rows rows_of(const RouteForward& call, const RouteOptions& options) {
-  const bool listed = call.given == nullptr && options.group_count == 0 &&
-                      options.k <= kMostListed && call.experts <= kMostInRegisters;
+  const bool listed = call.given == nullptr && options.k <= kMostListed &&
+                      call.experts <= kMostInRegisters && groups_in_registers(call, options);
   if (!listed) return Rows::kKeys;
-  return call.bias == nullptr ? Rows::kRegisters : Rows::kBiased;
+  return needs_keys(call, options) ? Rows::kBiased : Rows::kRegisters;
 }
 
 int64_t shared_bytes(const RouteForward& call, const RouteOptions& options) {
   const int64_t row = rows_of(call, options) == Rows::kKeys
                           ? KeysLayout(call, options).bytes()
-                          : static_cast<int64_t>(sizeof(RegisterScratch));
+                          : static_cast<int64_t>(sizeof(RegisterScratch<ManyShape>));
   return std::max(table_bytes(call.experts, kWarps), kWarps * row);
 }
 
@@ -73,7 +80,7 @@ __device__ __forceinline__ void clear(void* zeros, int64_t bytes, int64_t thread
   }
 }
 
-template <typename T, Rows kRows>
+template <typename T, Rows kRows, typename S>
 __global__ void __launch_bounds__(kThreads, 1)
     route_and_plan_blocks_kernel(const __grid_constant__ RouteAndPlanBlocks call,
                                  const __grid_constant__ RouteOptions options) {
@@ -99,12 +106,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       route_keys<T, GroupSums<SharedSums, true>>(route, options, token, layout, keys, nullptr);
     } else {
       constexpr bool kBiased = kRows == Rows::kBiased;
-      RegisterRow<T, RegisterShape> registers;
+      RegisterRow<T, S> registers;
       registers.load(row_values<T, kBiased>(route, options, token).logits,
                      static_cast<int>(route.experts), route.aligned, threadIdx.x % kWarpSize);
-      route_token<T, RegisterShape, kBiased, Extra::kNone, void>(
-          route, options, token, route.tokens, registers,
-          reinterpret_cast<RegisterScratch*>(shared)[warp], nullptr, nullptr, nullptr);
+      RegisterScratch<S>& scratch = reinterpret_cast<RegisterScratch<S>*>(shared)[warp];
+      route_token<T, S, kBiased, Extra::kNone, void>(route, options, token, route.tokens, registers,
+                                                     scratch.token, &scratch.groups, nullptr,
+                                                     nullptr, nullptr);
       __syncwarp();
     }
   }
@@ -114,17 +122,17 @@ __global__ void __launch_bounds__(kThreads, 1)
                        reinterpret_cast<int32_t*>(shared));
 }
 
-template <typename T, Rows kRows>
-cudaError_t launch(const RouteAndPlanBlocks& call, const RouteOptions& options, int processors,
-                   cudaStream_t stream) {
-  const auto kernel = route_and_plan_blocks_kernel<T, kRows>;
+template <typename T, Rows kRows, typename S>
+cudaError_t launch(const RouteAndPlanBlocks& call, const RouteOptions& options,
+                   const DeviceLimits& limits, cudaStream_t stream) {
+  const auto kernel = route_and_plan_blocks_kernel<T, kRows, S>;
   const int bytes = static_cast<int>(shared_bytes(call.route, options));
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   const int64_t wanted = (static_cast<int64_t>(call.zeros_bytes) + kThreads * kBytesOfThread - 1) /
                          (kThreads * kBytesOfThread);
-  const int64_t zero_blocks = std::min<int64_t>(wanted, 2 * processors);
+  const int64_t zero_blocks = std::min<int64_t>(wanted, 2 * limits.processors);
   const int64_t clusters = call.blocks.batch + (zero_blocks + kClusterBlocks - 1) / kClusterBlocks;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -161,13 +169,16 @@ cudaError_t launch_route_and_plan_blocks(const RouteAndPlanBlocks& call,
   checked.route.aligned = allows_fours(call.route);
   return with_type(call.route.logits_type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    const bool few = options.k <= 8;
     switch (rows_of(call.route, options)) {
       case Rows::kRegisters:
-        return launch<T, Rows::kRegisters>(checked, options, limits.processors, stream);
+        return few ? launch<T, Rows::kRegisters, FewShape>(checked, options, limits, stream)
+                   : launch<T, Rows::kRegisters, ManyShape>(checked, options, limits, stream);
       case Rows::kBiased:
-        return launch<T, Rows::kBiased>(checked, options, limits.processors, stream);
+        return few ? launch<T, Rows::kBiased, FewShape>(checked, options, limits, stream)
+                   : launch<T, Rows::kBiased, ManyShape>(checked, options, limits, stream);
       default:
-        return launch<T, Rows::kKeys>(checked, options, limits.processors, stream);
+        return launch<T, Rows::kKeys, void>(checked, options, limits, stream);
     }
   });
 }

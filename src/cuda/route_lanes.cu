@@ -25,14 +25,15 @@ __device__ __forceinline__ void load_rows(const RouteForward& call, int64_t firs
                  static_cast<int>(call.experts), call.aligned, lane % S::kLanes);
 }
 
-// Routes these tokens, whose rows are in `registers`. `bits`: the warp's bitmaps; `sums`: of its
-// groups.
+// Routes these tokens, whose rows are in `registers`. `groups`: the warp's, where kBiased; `bits`:
+// its bitmaps; `sums`: of its groups of lanes.
 template <typename T, typename S, bool kBiased, Extra kExtra, typename Sums>
 __device__ __forceinline__ void route_tokens(const RouteForward& call, const RouteOptions& options,
                                              int64_t first, int tokens,
                                              const RegisterRow<T, S>& registers,
-                                             WarpScratch<S, kTokens>& scratch, uint32_t* bits,
-                                             Sums* sums, int32_t* counts) {
+                                             WarpScratch<S, kTokens>& scratch,
+                                             GroupScratch<S>* groups, uint32_t* bits, Sums* sums,
+                                             int32_t* counts) {
   using Scratch = WarpScratch<S, kTokens>;
   constexpr bool kDense = kExtra == Extra::kDense;
   const int warp_lane = threadIdx.x % kWarpSize;
@@ -51,7 +52,8 @@ __device__ __forceinline__ void route_tokens(const RouteForward& call, const Rou
   const uint32_t lists = shared_address(scratch.ids);
   const uint32_t ids = lists + 2 * Scratch::kStride * group;
   bool fits;
-  Candidates found = list_candidates<T, S, kBiased>(options, row, registers, ids, {}, lane, &fits);
+  Candidates found = list_candidates<T, S, kBiased>(
+      options, row, registers, ids, kBiased ? groups + group : nullptr, {}, lane, &fits);
   if constexpr (kExtra == Extra::kStats) {
     add_registers<T, S, kBiased>(call, options, registers, found, token, real, *sums, lane);
   }
@@ -64,6 +66,9 @@ __device__ __forceinline__ void route_tokens(const RouteForward& call, const Rou
           row_values<T, kBiased>(call, options, g < tokens ? first + g : first);
       other.softmax.largest = __shfl_sync(kAllLanes, row.softmax.largest, source);
       other.softmax.total = __shfl_sync(kAllLanes, row.softmax.total, source);
+      if constexpr (kBiased) {
+        other.kept = {__shfl_sync(kAllLanes, row.kept.mask, source), row.kept.size};
+      }
       const int32_t bound_key = __shfl_sync(kAllLanes, found.bound_key, source);
       const int32_t top_key = __shfl_sync(kAllLanes, found.top_key, source);
       const Relisted listed =
@@ -86,6 +91,7 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDen
     route_lanes_kernel(const __grid_constant__ RouteForward call,
                        const __grid_constant__ RouteOptions options) {
   __shared__ WarpScratch<S, kTokens> scratches[kRegisterWarps];
+  __shared__ GroupScratch<S> groups[kBiased ? kRegisterWarps * kTokens : 1];
   extern __shared__ uint32_t bitmaps[];
   const int warp = warp_index();
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kRegisterWarps + warp) * kTokens;
@@ -95,7 +101,8 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDen
   RegisterRow<T, S> registers;
   load_rows(call, first, tokens, registers);
   route_tokens<T, S, kBiased, kDense ? Extra::kDense : Extra::kNone, void>(
-      call, options, first, tokens, registers, scratches[warp], bits, nullptr, nullptr);
+      call, options, first, tokens, registers, scratches[warp],
+      groups + (kBiased ? warp * kTokens : 0), bits, nullptr, nullptr);
 }
 
 template <typename T, typename S, bool kBiased, bool kAnyScore>
@@ -109,6 +116,8 @@ __global__ void __launch_bounds__(kStatsWarps* kWarpSize, 1)
   float* const scores = reinterpret_cast<float*>(sums_memory);
   const BlockSums block{scores, reinterpret_cast<int32_t*>(scores + kGroups * S::kColumns), kGroups,
                         S::kColumns};
+  GroupScratch<S>* const groups = reinterpret_cast<GroupScratch<S>*>(
+      reinterpret_cast<char*>(block.counts) + BlockSums::count_bytes(call));
   const int warp = warp_index();
   const int group = threadIdx.x / S::kLanes;
   const TokenRange range = block_range(call, blocks);
@@ -120,8 +129,8 @@ __global__ void __launch_bounds__(kStatsWarps* kWarpSize, 1)
   GroupSums<SharedSums, kAnyScore> sums{{block.scores + group * S::kColumns}};
   while (i < range.count) {
     route_tokens<T, S, kBiased, Extra::kStats>(call, options, range.first + i, tokens_at(i),
-                                               registers, scratches[warp], nullptr, &sums,
-                                               block.counts);
+                                               registers, scratches[warp], groups + warp * kTokens,
+                                               nullptr, &sums, block.counts);
     __syncwarp();
     i += kStatsWarps * kTokens;
     if (i < range.count) load_rows(call, range.first + i, tokens_at(i), registers);
@@ -134,7 +143,7 @@ cudaError_t launch(const RouteForward& call, const RouteOptions& options, cudaSt
   constexpr int64_t kBlockTokens = int64_t{kRegisterWarps} * kTokens;
   const unsigned blocks = static_cast<unsigned>((call.tokens + kBlockTokens - 1) / kBlockTokens);
   const size_t bytes = sizeof(uint32_t) * kBlockTokens * bitmap_words(call);
-  const auto kernel = with_bool(call.bias != nullptr, [&](auto biased) {
+  const auto kernel = with_bool(needs_keys(call, options), [&](auto biased) {
     return call.probs == nullptr ? route_lanes_kernel<T, S, biased.value, false>
                                  : route_lanes_kernel<T, S, biased.value, true>;
   });
@@ -146,12 +155,15 @@ template <typename T, typename S>
 cudaError_t launch_lanes_stats(const RouteForward& call, const RouteOptions& options,
                                cudaStream_t stream) {
   const TokenBlocks blocks(call);
-  const auto kernel = call.bias != nullptr ? route_lanes_stats_kernel<T, S, true, true>
+  const auto kernel = needs_keys(call, options) ? route_lanes_stats_kernel<T, S, true, true>
                       : options.score == Score::kSoftmax
                           ? route_lanes_stats_kernel<T, S, false, false>
                           : route_lanes_stats_kernel<T, S, false, true>;
-  const int bytes =
-      BlockSums::score_bytes(kStatsWarps * kTokens, S::kColumns) + BlockSums::count_bytes(call);
+  const int group_bytes = needs_keys(call, options)
+                              ? kStatsWarps * kTokens * static_cast<int>(sizeof(GroupScratch<S>))
+                              : 0;
+  const int bytes = BlockSums::score_bytes(kStatsWarps * kTokens, S::kColumns) +
+                    BlockSums::count_bytes(call) + group_bytes;
   return launch_blocks(kernel, blocks.count(call), kStatsWarps, bytes, stream, call, options,
                        blocks);
 }

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, S::kChunks > 4 ? 4 
     const uint32_t ids = lists + 2 * Scratch::kStride * r;
     bool fits;
     Candidates found =
-        list_candidates<T, S, false>(options, row, registers, ids, maxima, lane, &fits);
+        list_candidates<T, S, false>(options, row, registers, ids, nullptr, maxima, lane, &fits);
     __syncwarp();
     if (!fits) {
       found.replace(relist<S::kListed>(row, found.bound_key, found.top_key,
@@ -86,6 +86,7 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDen
     route_single_kernel(const __grid_constant__ RouteForward call,
                         const __grid_constant__ RouteOptions options) {
   __shared__ WarpScratch<S, 1> scratches[kRegisterWarps];
+  __shared__ GroupScratch<S> groups[kBiased ? kRegisterWarps : 1];
   extern __shared__ uint32_t bitmaps[];
   const int warp = warp_index();
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kRegisterWarps + warp;
@@ -95,7 +96,8 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDen
   registers.load(row_values<T, kBiased>(call, options, token).logits,
                  static_cast<int>(call.experts), call.aligned, threadIdx.x % kWarpSize);
   route_token<T, S, kBiased, kDense ? Extra::kDense : Extra::kNone, void>(
-      call, options, token, call.tokens, registers, scratches[warp], bits, nullptr, nullptr);
+      call, options, token, call.tokens, registers, scratches[warp], groups + (kBiased ? warp : 0),
+      bits, nullptr, nullptr);
 }
 
 template <typename T, typename S, bool kBiased, bool kAnyScore>
@@ -109,6 +111,8 @@ __global__ void __launch_bounds__(kStatsWarps<S, kBiased, kAnyScore>* kWarpSize,
   float* const scores = reinterpret_cast<float*>(sums_memory);
   const BlockSums block{scores, reinterpret_cast<int32_t*>(scores + kWarps * S::kColumns), kWarps,
                         S::kColumns};
+  GroupScratch<S>* const groups = reinterpret_cast<GroupScratch<S>*>(
+      reinterpret_cast<char*>(block.counts) + BlockSums::count_bytes(call));
   const int warp = warp_index();
   const TokenRange range = block_range(call, blocks);
   const auto load = [&](int i, RegisterRow<T, S>& registers) {
@@ -122,7 +126,8 @@ __global__ void __launch_bounds__(kStatsWarps<S, kBiased, kAnyScore>* kWarpSize,
   for (int i = warp; i < range.count; i += kWarps) {
     const int64_t next = i + kWarps < range.count ? range.first + i + kWarps : call.tokens;
     route_token<T, S, kBiased, Extra::kStats>(call, options, range.first + i, next, registers,
-                                              scratches[warp], nullptr, &sums, block.counts);
+                                              scratches[warp], groups + warp, nullptr, &sums,
+                                              block.counts);
     __syncwarp();
   }
   block.write(call, sums.z, sums.tokens);
@@ -143,12 +148,12 @@ template <typename T, int kChunks>
 cudaError_t launch_chunks(const RouteForward& call, const RouteOptions& options,
                           cudaStream_t stream) {
   return with_bool(call.probs != nullptr, [&](auto dense) {
-    if (call.bias == nullptr && options.k <= 8) {
+    if (!needs_keys(call, options) && options.k <= 8) {
       const int rows = call.tokens >= kManyTokens ? kMostRows : 1;
       return launch(route_joint_kernel<T, JointShape<kChunks>, dense.value>, rows, stream, call,
                     options, rows);
     }
-    return with_bool(call.bias != nullptr, [&](auto biased) {
+    return with_bool(needs_keys(call, options), [&](auto biased) {
       const auto kernel = route_single_kernel<T, SingleShape<kChunks>, biased.value, dense.value>;
       return launch(kernel, 1, stream, call, options);
     });
@@ -162,11 +167,13 @@ cudaError_t launch_stats_chunks(const RouteForward& call, const RouteOptions& op
   const TokenBlocks blocks(call);
   const auto launch = [&](auto biased, auto any_score) {
     constexpr int kWarps = kStatsWarps<S, biased.value, any_score.value>;
-    const int bytes = BlockSums::score_bytes(kWarps, S::kColumns) + BlockSums::count_bytes(call);
+    const int group_bytes = biased.value ? kWarps * static_cast<int>(sizeof(GroupScratch<S>)) : 0;
+    const int bytes =
+        BlockSums::score_bytes(kWarps, S::kColumns) + BlockSums::count_bytes(call) + group_bytes;
     return launch_blocks(route_single_stats_kernel<T, S, biased.value, any_score.value>,
                          blocks.count(call), kWarps, bytes, stream, call, options, blocks);
   };
-  if (call.bias != nullptr) return launch(std::true_type(), std::true_type());
+  if (needs_keys(call, options)) return launch(std::true_type(), std::true_type());
   return with_bool(options.score != Score::kSoftmax,
                    [&](auto any_score) { return launch(std::false_type(), any_score); });
 }

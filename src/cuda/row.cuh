@@ -33,7 +33,16 @@ __device__ __forceinline__ float fast_term(float x, float largest) {
   return __expf(fminf(fmaxf(x, -kInfinity), kLargest) - largest);
 }
 
-// A row and what its elements are compared by: the logit itself, or its score plus a bias.
+// The groups of a row that stay, a bit for each.
+struct KeptGroups {
+  uint64_t mask;
+  int size;  // of a group; 0 where there are no groups
+
+  __device__ __forceinline__ bool holds(int e) const { return size == 0 || (mask >> e / size & 1); }
+};
+
+// A row and what its elements are compared by: the logit itself, or (kBiased) its score plus a bias
+// where there is one, and -inf in groups that do not stay.
 template <typename T, bool kBiased>
 struct RowValues {
   const T* logits;  // in global or shared memory
@@ -42,17 +51,24 @@ struct RowValues {
   bool aligned;  // four elements can be loaded at once
   Score score;
   Softmax softmax;
+  KeptGroups kept;
 
-  // NaN has become -inf where there is a bias; without one it is left to the comparisons.
+  // Whatever the groups. NaN has become -inf; without kBiased it is left to the comparisons.
   __device__ __forceinline__ float value(float x, int e) const {
     if constexpr (!kBiased) return x;
     if (!(x == x)) return -kInfinity;
+    if (bias == nullptr) return x;
     // Under "none" a -inf input stays one: its key, unlike its score, is not 0.
     const float y = score == Score::kNone ? x : score_of(x, score, softmax);
     return add_keys(y, __ldg(bias + e));
   }
+  __device__ __forceinline__ float kept_value(float x, int e) const {
+    const float y = value(x, e);
+    if constexpr (!kBiased) return y;
+    return kept.holds(e) ? y : -kInfinity;
+  }
   __device__ __forceinline__ int32_t key(int e) const {
-    return key_from_float(value(to_float(logits[e]), e));
+    return key_from_float(kept_value(to_float(logits[e]), e));
   }
   // Values e .. e + 3; NaN past the end.
   __device__ __forceinline__ void values(int e, float (&x)[kChunk]) const {
@@ -67,7 +83,7 @@ struct RowValues {
     if constexpr (kBiased) {
 #pragma unroll
       for (int c = 0; c < kChunk; ++c) {
-        if (e + c < experts) x[c] = value(x[c], e + c);
+        if (e + c < experts) x[c] = kept_value(x[c], e + c);
       }
     }
   }

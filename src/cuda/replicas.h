@@ -1,0 +1,17 @@
+// The CUDA kernel of `assign_replicas`. A launch allocates nothing, waits for nothing and reads
+// nothing back, so it can be captured in a command buffer.
+
+#ifndef JAX_ROUTER_CUDA_REPLICAS_H_
+#define JAX_ROUTER_CUDA_REPLICAS_H_
+
+#include <cuda_runtime_api.h>
+
+#include "replicas_call.h"
+
+namespace jax_router {
+
+cudaError_t launch_replicas(const ReplicasCall& call, cudaStream_t stream);
+
+}  // namespace jax_router
+
+#endif  // JAX_ROUTER_CUDA_REPLICAS_H_
