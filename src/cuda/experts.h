@@ -1,0 +1,70 @@
+// The CUDA kernel of `experts`, for Hopper: what it takes, and its launch, which allocates nothing,
+// waits for nothing and reads nothing back, so it can be captured in a command buffer.
+
+#ifndef JAX_ROUTER_CUDA_EXPERTS_H_
+#define JAX_ROUTER_CUDA_EXPERTS_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "options.h"
+
+namespace jax_router {
+
+enum class ExpertsType : int { kBfloat16, kFloat16, kFloat8 };
+
+inline constexpr int kHiddenTile = 128;         // rows of the hidden size of a thread block
+inline constexpr int kScaleBlock = 128;         // columns that share a scale in float8
+inline constexpr int kMostExpertsBlocks = 144;  // resident thread blocks that are made use of
+inline constexpr int kMostTokenChunks = 16;     // rows of the mask of chosen experts
+
+// One call: the sum over experts and i of alpha[t, e] * h[t, e, i] * w2[e, i, n].
+struct DenseExperts {
+  ExpertsType type;
+  const void* h;         // [tokens, experts * depth]
+  const void* w2;        // [experts * depth, hidden]; float8: [hidden, experts * depth]
+  const float* alpha;    // [tokens, experts]
+  const float* h_scale;  // float8: [tokens, experts * depth / 128], else null
+  const float* w_scale;  // float8: [ceil(hidden / 128), experts * depth / 128], else null
+  void* result;          // [tokens, hidden]
+  LogitsType result_type;
+  int64_t tokens;
+  int64_t experts;
+  int64_t depth;   // a multiple of 64; float8: of 128
+  int64_t hidden;  // a multiple of 8; float8: any
+  bool skip;       // whether experts that no token has chosen are left out; the bits are the same
+  // Scratch, see ExpertsScratch.
+  float* multipliers;
+  uint32_t* chosen;
+  int32_t* tickets;
+  float* partials;
+};
+
+// How tokens are cut into tiles, and which blocks form a cluster. 0: chosen by the number of
+// tokens.
+struct ExpertsTactic {
+  int width;          // tokens of a tile
+  int hidden_blocks;  // blocks of a cluster along the hidden size, which share their tokens
+  int token_blocks;   // and along the tokens, which share their weights
+};
+
+// Elements of the scratch of a call.
+struct ExpertsScratch {
+  int64_t multipliers;  // weights of the tokens, expert after expert, times their scales
+  int64_t chosen;       // a bit for each expert that any token of a chunk has chosen
+  int64_t tickets;
+  int64_t partials;
+};
+
+ExpertsScratch experts_scratch(const DenseExperts& call, ExpertsTactic tactic);
+
+// Whether the kernel is in this build and runs on a device, by its number.
+bool dense_experts_run(int device);
+
+cudaError_t launch_dense_experts(const DenseExperts& call, ExpertsTactic tactic,
+                                 cudaStream_t stream);
+
+}  // namespace jax_router
+
+#endif  // JAX_ROUTER_CUDA_EXPERTS_H_
