@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_router import _compat, _native, _options, _reference_experts
-from jax_router._primitive import (
-  Operation,
-  Result,
-  batch_all,
-  make_primitive,
-  reference_tangents,
-)
+from jax_router import _compat, _experts_primitive, _native, _options, _reference_experts
+from jax_router._experts_primitive import CUDA_LIMITS, FLOAT8
 from jax_router._reference_experts import BLOCK
 
 DTYPES = ("float32", "bfloat16", "float16")
-_FLOAT8 = "float8_e4m3fn"
 _FLOAT8_MOST = 448.0  # the largest float8_e4m3fn
-# What the CUDA kernels want of shapes.
-_CUDA_DTYPES = ("bfloat16", "float16")
-_DEPTH_MULTIPLE = 64
-_WIDTH_MULTIPLE = 8
 
 
 class PackedW2(NamedTuple):
@@ -74,7 +63,7 @@ def pack_w2(w2: jax.Array | np.ndarray) -> PackedW2:
   scale = jnp.where(most == 0, np.float32(1), jnp.maximum(most / np.float32(_FLOAT8_MOST), least))
   limit = np.float32(_FLOAT8_MOST)
   q = jnp.clip(blocks / scale, -limit, limit).reshape(padded.shape)[:hidden]
-  return PackedW2(q.astype(_FLOAT8), scale[:, 0, :, 0])
+  return PackedW2(q.astype(FLOAT8), scale[:, 0, :, 0])
 
 
 def dense_moe_fc2(
@@ -100,9 +89,15 @@ def dense_moe_fc2(
   whatever the other tokens are. Plain JAX, which runs where there is no kernel, folds `alpha` into
   `h`, which rounds once more in bfloat16; float16 is computed in float32.
 
-  There is no CUDA kernel yet; float8, and computations over several devices outside of
-  `jax.shard_map`, take plain JAX everywhere. It follows any sharding of the tokens, of E or of I
-  under Auto axes without a gather; for E and I it adds up over devices.
+  The CUDA kernel runs on GPUs of compute capability 9.0 (Hopper) and takes bfloat16, float16 and
+  float8, I in multiples of 64 and H of 8. It skips experts that no token has chosen, weighs the
+  float32 sum of every expert, in float8 of 128 of its columns, and adds these up in an order that
+  sizes and device alone decide: the same bits in every run, wherever a token stands among others.
+  An exported program with symbolic sizes has plain JAX in its place.
+
+  Computations over several devices outside of `jax.shard_map` take plain JAX everywhere. It follows
+  any sharding of the tokens, of E or of I under Auto axes without a gather; for E and I it adds up
+  over devices.
 
   Differentiable in `h`, `w2` and `alpha` in reverse mode, twice; for forward mode use
   `implementation="reference"`. The gradient of `alpha` is dense: an expert of weight 0 has that of
@@ -116,8 +111,8 @@ def dense_moe_fc2(
     alpha: `[..., E]` a floating dtype, taken as float32: weights, 0 for experts not chosen.
     h_scale: `[..., E * I / 128]` float32, with float8 alone: what 128 values of `h` are times.
     out_dtype: float32, bfloat16 or float16; by default the dtype of `h`, bfloat16 for float8.
-    skip_unselected: static; whether the gradient of `alpha` is 0 where `alpha` is. The result
-      does not depend on it.
+    skip_unselected: static; whether the gradient of `alpha` is 0 where `alpha` is. Neither the
+      result nor what is read for it depends on this: kernels never read experts nobody has chosen.
     implementation: None (best for the platform), "cpu", "cuda" or "reference" (plain JAX).
 
   Returns:
@@ -126,9 +121,9 @@ def dense_moe_fc2(
   Raises:
     TypeError: an argument of the wrong type or dtype.
     ValueError: a shape that does not fit; an I that is no multiple of 128 in float8; an
-      implementation that is not there or cannot run: "cuda" wants bfloat16 or float16, I in
-      multiples of 64 and H of 8, neither takes float8 or types that are sharded; when it is
-      compiled: an implementation asked for in a computation over several devices.
+      implementation that is not there or cannot run: "cuda" wants a dtype, sizes and GPUs as above,
+      "cpu" takes no float8, neither takes types that are sharded; when it is compiled: an
+      implementation asked for in a computation over several devices.
 
   Example:
     >>> import jax.numpy as jnp, jax_router
@@ -139,31 +134,29 @@ def dense_moe_fc2(
   """
   h = _check_h(h)
   alpha = _check_alpha(alpha, h)
-  quantized = h.dtype.name == _FLOAT8
+  quantized = h.dtype.name == FLOAT8
   dtype = _check_out_dtype(out_dtype, jnp.bfloat16 if quantized else h.dtype)
   if _options.check_bool("skip_unselected", skip_unselected):
     alpha = jnp.where(alpha == 0, np.float32(0), alpha)
   if quantized:
     packed, h_scale = _check_packed(h, w2, h_scale)
-    if implementation not in (None, "reference"):
-      _options.check_choice("implementation", implementation, _options.IMPLEMENTATIONS)
-      raise ValueError(f"implementation={implementation!r} cannot run in float8: h is {h.dtype}")
-    wide = _reference_experts.dequantize_h(jax.lax.stop_gradient(h), h_scale)
-    weights = _reference_experts.dequantize_w2(
-      jax.lax.stop_gradient(packed.q), packed.scale, h.shape[-2]
-    )
-    return _reference_experts.fc2(wide, weights, alpha, dtype)
-  if h_scale is not None:
-    raise ValueError(f"h_scale must be None unless h is {_FLOAT8}, and h is {h.dtype.name}")
-  w2 = _check_w2(w2)
-  if w2.dtype != h.dtype:
-    raise TypeError(f"w2 must have the dtype of h, {h.dtype.name}, got {w2.dtype.name}")
-  _options.check_shape("w2", w2.shape[:2], h.shape[-2:], "[E, I, H]; its first axes")
-  split = any(_is_sharded(x) for x in (h, w2, alpha))
-  _check_implementation(implementation, h, w2, split)
+    hidden, operands = packed.q.shape[0], (h, packed.q, alpha, h_scale, packed.scale)
+    reference: Callable[..., Any] = _reference_experts.fc2_float8
+    primitive = _experts_primitive.fc2_float8
+  else:
+    if h_scale is not None:
+      raise ValueError(f"h_scale must be None unless h is {FLOAT8}, and h is {h.dtype.name}")
+    w2 = _check_w2(w2)
+    if w2.dtype != h.dtype:
+      raise TypeError(f"w2 must have the dtype of h, {h.dtype.name}, got {w2.dtype.name}")
+    _options.check_shape("w2", w2.shape[:2], h.shape[-2:], "[E, I, H]; its first axes")
+    hidden, operands = w2.shape[2], (h, w2, alpha)
+    reference, primitive = _reference_experts.fc2, _experts_primitive.fc2
+  split = any(_is_sharded(x) for x in operands)
+  _check_implementation(implementation, operands, hidden, split)
   if implementation == "reference" or split:
-    return _reference_experts.fc2(h, w2, alpha, dtype)
-  return _fc2(implementation, dtype, *_compat.join_varying_axes((h, w2, alpha)))
+    return reference(*operands, dtype)
+  return primitive(implementation, dtype, *operands)
 
 
 # ---- arguments ----
@@ -171,8 +164,8 @@ def dense_moe_fc2(
 
 def _check_h(h: Any) -> jax.Array:
   h = _options.check_array("h", h)
-  if h.dtype.name not in (*DTYPES, _FLOAT8):
-    raise TypeError(f"h must be one of {', '.join(DTYPES)}, {_FLOAT8}, got {h.dtype.name}")
+  if h.dtype.name not in (*DTYPES, FLOAT8):
+    raise TypeError(f"h must be one of {', '.join(DTYPES)}, {FLOAT8}, got {h.dtype.name}")
   if h.ndim < 2 or 0 in h.shape[-2:]:
     raise ValueError(f"h must have shape [..., E, I] with E and I at least 1, got {h.shape}")
   return h
@@ -212,8 +205,8 @@ def _check_packed(h: jax.Array, w2: Any, h_scale: Any) -> tuple[PackedW2, jax.Ar
       f"h must have an I that is a multiple of {BLOCK} in float8, got shape {h.shape}"
     )
   q = _options.check_array("w2.q", w2.q)
-  if q.dtype.name != _FLOAT8:
-    raise TypeError(f"w2.q must have dtype {_FLOAT8}, got {q.dtype.name}")
+  if q.dtype.name != FLOAT8:
+    raise TypeError(f"w2.q must have dtype {FLOAT8}, got {q.dtype.name}")
   columns = num_experts * depth
   if q.ndim != 2 or q.shape[0] < 1 or q.shape[1] != columns:
     raise ValueError(f"w2.q must have shape [H, E * I] with E * I = {columns}, got {q.shape}")
@@ -238,101 +231,32 @@ def _is_sharded(x: jax.Array) -> bool:
   return any(axis is not None for axis in _compat.spec_of(jax.typeof(x)))
 
 
-def _fits_cuda(h: Any, w2: Any) -> bool:
-  """Whether the CUDA kernel takes operands of these dtypes and sizes."""
-  depth, hidden = w2.shape[-2:]
-  multiples = depth % _DEPTH_MULTIPLE == 0 and hidden % _WIDTH_MULTIPLE == 0
-  return h.dtype.name in _CUDA_DTYPES and multiples
-
-
 def _check_implementation(
-  implementation: str | None, h: jax.Array, w2: jax.Array, split: bool
+  implementation: str | None, operands: tuple[jax.Array, ...], hidden: int, split: bool
 ) -> None:
   """ValueError if the implementation asked for is not there or cannot run."""
   if implementation is None:
     return
   _options.check_choice("implementation", implementation, _options.IMPLEMENTATIONS)
-  if implementation == "cuda" and not _fits_cuda(h, w2):
+  h = operands[0]
+  *tokens, experts, depth = h.shape
+  if implementation == "cpu" and h.dtype.name == FLOAT8:
+    raise ValueError(f"implementation='cpu' cannot run in float8: h is {h.dtype.name}")
+  if implementation == "cuda" and not _experts_primitive.fits_cuda(
+    h.dtype, tokens, experts, depth, hidden
+  ):
     raise ValueError(
-      f"implementation='cuda' takes {' or '.join(_CUDA_DTYPES)}, I in multiples of "
-      f"{_DEPTH_MULTIPLE} and H of {_WIDTH_MULTIPLE}, got w2 {w2.dtype.name}{list(w2.shape)}"
+      f"implementation='cuda' takes {CUDA_LIMITS}, got h {h.dtype.name}{list(h.shape)} and "
+      f"H = {hidden}"
     )
   if implementation != "reference" and split:
+    types = ", ".join(str(jax.typeof(x)) for x in operands)
     raise ValueError(
-      f"implementation={implementation!r} takes no sharded operands, got {jax.typeof(h)}, "
-      f"{jax.typeof(w2)}; call it in jax.shard_map"
+      f"implementation={implementation!r} takes no sharded operands, got {types}; call it in "
+      "jax.shard_map"
     )
   _native.check_implementation(implementation)
-
-
-# ---- the primitive ----
-
-# Operands: h [*B, *T, E, I], w2 [*B, E, I, H] and alpha [*B, *T, E]. What w2 has before its last
-# three dimensions are the batch dimensions; the tokens may have any number of dimensions.
-
-
-def _batch_ndim(shapes, **_: Any) -> int:
-  return len(shapes[1]) - 3
-
-
-def _results(shapes, *, out_dtype) -> list[Result]:
-  h, w2 = shapes[:2]
-  return [Result((*h[len(w2) - 3 : -2], w2[-1]), out_dtype)]
-
-
-def _reference(h, w2, alpha, *, out_dtype):
-  function = functools.partial(_reference_experts.fc2, out_dtype=out_dtype)
-  for _ in w2.shape[:-3]:
-    function = jax.vmap(function)
-  return [function(h, w2, alpha)]
-
-
-def _batch(bind, operands, axes, **params: Any):
-  """Weights that all rows share are not copied: the new axis is one more of the tokens."""
-  h, w2, alpha = operands
-  if axes[1] is not None:
-    return batch_all(bind, operands, axes, **params)
-  size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
-  at = w2.ndim - 3
-
-  def moved(x, axis):
-    if axis is None:
-      return jnp.broadcast_to(jnp.expand_dims(x, at), (*x.shape[:at], size, *x.shape[at:]))
-    return jnp.moveaxis(x, axis, at)
-
-  return bind(moved(h, axes[0]), w2, moved(alpha, axes[2]), **params), [at]
-
-
-_bind = make_primitive(
-  Operation(
-    name="experts",
-    batch_ndim=_batch_ndim,
-    results=_results,
-    attributes=lambda **_: {},
-    reference=_reference,
-    tangents=reference_tangents(_reference),
-    runs_on=lambda platform, avals, **_: platform == "cpu" or _fits_cuda(*avals[:2]),
-    whole_operands=True,
-    batch=_batch,
-  )
-)
-
-
-# ---- the differentiable function ----
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fc2(implementation: str | None, out_dtype: np.dtype, h, w2, alpha):
-  return _bind(h, w2, alpha, out_dtype=out_dtype, implementation=implementation)[0]
-
-
-def _forward(implementation: str | None, out_dtype: np.dtype, h, w2, alpha):
-  return _fc2(implementation, out_dtype, h, w2, alpha), (h, w2, alpha)
-
-
-def _backward(implementation: str | None, out_dtype: np.dtype, residuals, cotangent):
-  del implementation, out_dtype
-  return _reference_experts.fc2_backward(cotangent, *residuals)
-
-
-_fc2.defvjp(_forward, _backward)
+  if implementation == "cuda":
+    reason = _experts_primitive.why_not_cuda()
+    if reason is not None:
+      raise ValueError(f"implementation='cuda' of dense_moe_fc2 cannot run here: {reason}")

@@ -76,6 +76,16 @@ def max_fused_tokens(experts: int, k: int, group_count: int, device: int) -> int
   return _import(_MODULES["cuda"]).max_fused_tokens(experts, k, group_count, device)
 
 
+def experts_run(device: int) -> bool:
+  """Whether the CUDA module has the kernel of `dense_moe_fc2` for a GPU, by its number."""
+  return "cuda" in platforms() and _import(_MODULES["cuda"]).experts_run(device)
+
+
+def experts_scratch(float8: bool, tokens: int, experts: int, depth: int, hidden: int) -> int:
+  """Elements of 4 bytes that this kernel wants beside its result; the module must be there."""
+  return _import(_MODULES["cuda"]).experts_scratch(float8, tokens, experts, depth, hidden)
+
+
 @functools.cache
 def _has_gpu() -> bool:
   try:

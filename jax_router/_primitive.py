@@ -54,6 +54,8 @@ class Operation(NamedTuple):
       the operands, and no platform was asked for, the reference is lowered instead.
     batch: (bind, operands, axes, **params) -> (results, axes), the rule of vmap if it is not to
       give every operand the new axis.
+    scratch: (platform, operand avals, **params) -> types of the results that this platform's kernel
+      has after those of the operation, which are dropped.
   """
 
   name: str
@@ -67,6 +69,7 @@ class Operation(NamedTuple):
   composed: bool = False
   whole_operands: bool = False
   batch: Callable[..., tuple[Sequence[jax.Array], Sequence[int]]] | None = None
+  scratch: Callable[..., Sequence[Result]] = lambda platform, avals, **params: ()
 
 
 def reference_tangents(reference: Callable[..., Sequence[jax.Array]]):
@@ -230,8 +233,22 @@ def _lower(
   if not runs:
     return _lower_reference(operation, reference, ctx, *operands, implementation=wanted, **params)
   _check_lowering(operation, ctx, params)
+  results = len(ctx.avals_out)
+  ctx = _with_scratch(operation, platform, ctx, params)
   rule = jax.ffi.ffi_lowering(target, extra_attributes=_partitioning(operation, ctx, params))
-  return rule(ctx, *operands, **operation.attributes(**params))
+  return rule(ctx, *operands, **operation.attributes(**params))[:results]
+
+
+def _with_scratch(operation: Operation, platform: str, ctx, params: dict[str, Any]):
+  """The context of a call that has scratch too, after the results."""
+  first = ctx.avals_out[0]
+  ndim = operation.batch_ndim(_shapes(ctx.avals_in), **params)
+  batch, spec = first.shape[:ndim], _compat.spec_of(first)[:ndim]
+  scratch = [
+    _compat.result_type(first, batch + r.trailing, r.dtype, spec + (None,) * len(r.trailing))
+    for r in operation.scratch(platform, ctx.avals_in, **params)
+  ]
+  return ctx.replace(avals_out=[*ctx.avals_out, *scratch])
 
 
 def _partitioning(operation: Operation, ctx, params: dict[str, Any]) -> dict[str, Any]:

@@ -141,3 +141,44 @@ def dequantize_w2(q: jax.Array, scale: jax.Array, num_experts: int) -> jax.Array
   wide = jnp.repeat(jnp.repeat(scale, BLOCK, axis=0)[:hidden], BLOCK, axis=1)
   w2 = (q.astype(jnp.float32) * wide).reshape(hidden, num_experts, columns // num_experts)
   return jnp.transpose(w2, (1, 2, 0))
+
+
+def fc2_float8(
+  h: jax.Array,
+  q: jax.Array,
+  alpha: jax.Array,
+  h_scale: jax.Array,
+  w2_scale: jax.Array,
+  out_dtype: np.dtype,
+) -> jax.Array:
+  """`fc2` of h `[*T, E, I]` and q `[H, E * I]` in float8, of which no gradient is taken."""
+  h, q = jax.lax.stop_gradient((h, q))
+  # Without the NaN of experts of weight 0, which the gradient of their scales would meet.
+  wide = dequantize_h(_without_unselected(h, alpha), h_scale)
+  return fc2(wide, dequantize_w2(q, w2_scale, h.shape[-2]), alpha, out_dtype)
+
+
+def fc2_float8_backward(
+  cotangent: jax.Array,
+  h: jax.Array,
+  q: jax.Array,
+  alpha: jax.Array,
+  h_scale: jax.Array,
+  w2_scale: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Gradients of alpha and of both scales, that of a scale a sum over what it is times."""
+  h, q = jax.lax.stop_gradient((h, q))
+  hidden, columns = q.shape
+  wide = dequantize_h(h, h_scale), dequantize_w2(q, w2_scale, h.shape[-2])
+  of_h, of_w2, of_alpha = fc2_backward(cotangent, *wide, alpha)
+  of_q = jnp.transpose(of_w2, (2, 0, 1)).reshape(hidden, columns)
+  of_h_scale = jnp.sum(_products(of_h, h).reshape(*h_scale.shape, BLOCK), axis=-1)
+  of_rows = jnp.sum(_products(of_q, q).reshape(hidden, columns // BLOCK, BLOCK), axis=-1)
+  of_rows = jnp.pad(of_rows, ((0, -hidden % BLOCK), (0, 0)))
+  of_w2_scale = jnp.sum(of_rows.reshape(-1, BLOCK, columns // BLOCK), axis=1)
+  return of_alpha, of_h_scale, of_w2_scale
+
+
+def _products(gradient: jax.Array, x: jax.Array) -> jax.Array:
+  """Those with `x` in float8; 0 where the gradient is, whatever `x` holds."""
+  return jnp.where(gradient == 0, _ZERO, gradient * x.astype(jnp.float32))

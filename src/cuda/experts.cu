@@ -34,10 +34,17 @@ struct Prepare {
   int64_t num_tickets;
 };
 
-// The multiplier of a token; one that is not chosen has 0 and no other has.
+// The multiplier of a token; one that is not chosen has 0, whatever its scale, and no other has.
 __device__ __forceinline__ float scaled(float alpha, float scale) {
+  if (alpha == 0.0f) return 0.0f;
   const float product = alpha * scale;
-  return product == 0.0f && alpha != 0.0f ? copysignf(1e-45f, product) : product;
+  return product == 0.0f ? copysignf(1e-45f, product) : product;
+}
+
+// The place of a token's multiplier: a thread that multiplies has tokens 2 c, 2 c + 1, 2 c + 8 and
+// 2 c + 9 of 16, and reads their multipliers together.
+__device__ __forceinline__ int place_of(int token) {
+  return (token & ~15) | (token >> 1 & 3) << 2 | (token >> 3 & 1) << 1 | (token & 1);
 }
 
 __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const Prepare call) {
@@ -69,7 +76,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const Prepare 
       __syncthreads();
       if (first + warp < call.experts && t0 + lane < call.padded_tokens) {
         const int64_t row = int64_t{first + warp} * call.blocks + b;
-        call.multipliers[row * call.padded_tokens + t0 + lane] = tile[lane][warp];
+        call.multipliers[row * call.padded_tokens + t0 + place_of(lane)] = tile[lane][warp];
       }
       __syncthreads();
     }
@@ -221,7 +228,9 @@ cudaError_t launch_dense_experts(const DenseExperts& call, ExpertsTactic tactic,
   const int share = tiles.width / tiles.hidden_blocks;
   if (call.experts > kMostExperts || call.experts * call.depth > INT32_MAX ||
       call.tokens > INT32_MAX || call.hidden > INT32_MAX || tiles.count > INT32_MAX ||
-      tiles.token_blocks > 2 || share * tiles.hidden_blocks != tiles.width || share % 8 != 0) {
+      call.depth % (call.type == ExpertsType::kFloat8 ? kScaleBlock : 64) != 0 ||
+      call.hidden % 8 != 0 || tiles.token_blocks > 2 ||
+      share * tiles.hidden_blocks != tiles.width || share % 8 != 0) {
     return cudaErrorInvalidValue;
   }
   const ExpertsKernel kernel = kernel_of(call.type, tiles.width);
@@ -272,6 +281,67 @@ cudaError_t launch_dense_experts(const DenseExperts& call, ExpertsTactic tactic,
   work.token_chunks = static_cast<int>(chunks_of(tiles));
   void* arguments[] = {&weights_map, &tokens_map, &work};
   return cudaLaunchKernelExC(&config, kernel.function, arguments);
+}
+
+// ---- calls of XLA ----
+
+namespace {
+
+// A batch row, without scratch.
+DenseExperts batch_row(const Experts& call, int64_t row) {
+  const int64_t columns = call.experts * call.depth;
+  const int64_t tokens = row * call.tokens;
+  const int64_t scales = columns / kScaleBlock;
+  const int64_t scale_rows = divide_up(call.width, kScaleBlock);
+  const int bytes = call.float8 ? 1 : 2;
+  const int result_bytes = call.result_type == LogitsType::kFloat32 ? 4 : 2;
+  DenseExperts one{};
+  one.type = call.float8                          ? ExpertsType::kFloat8
+             : call.type == LogitsType::kBfloat16 ? ExpertsType::kBfloat16
+                                                  : ExpertsType::kFloat16;
+  one.h = static_cast<const char*>(call.h) + tokens * columns * bytes;
+  one.w2 = static_cast<const char*>(call.w2) + row * columns * call.width * bytes;
+  one.alpha = call.alpha + tokens * call.experts;
+  if (call.float8) {
+    one.h_scale = call.h_scale + tokens * scales;
+    one.w_scale = call.w2_scale + row * scale_rows * scales;
+  }
+  one.result = static_cast<char*>(call.result) + tokens * call.width * result_bytes;
+  one.result_type = call.result_type;
+  one.tokens = call.tokens;
+  one.experts = call.experts;
+  one.depth = call.depth;
+  one.hidden = call.width;
+  one.skip = true;
+  return one;
+}
+
+}  // namespace
+
+int64_t experts_scratch_words(const Experts& call) {
+  const ExpertsScratch scratch = experts_scratch(batch_row(call, 0), {});
+  return scratch.partials + scratch.multipliers + scratch.chosen + scratch.tickets;
+}
+
+cudaError_t launch_experts(const Experts& call, int32_t* scratch, cudaStream_t stream) {
+  int device;
+  const cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  // Elsewhere the kernel is empty, and would leave the result as it was.
+  if (!dense_experts_run(device)) return cudaErrorNoKernelImageForDevice;
+  if (!call.float8 && call.type == LogitsType::kFloat32) return cudaErrorInvalidValue;
+  for (int64_t row = 0; row < call.batch; ++row) {
+    DenseExperts one = batch_row(call, row);
+    const ExpertsScratch sizes = experts_scratch(one, {});
+    // Those that must be aligned come first, at multiples of 16 bytes.
+    one.partials = reinterpret_cast<float*>(scratch);
+    one.multipliers = one.partials + sizes.partials;
+    one.chosen = reinterpret_cast<uint32_t*>(one.multipliers + sizes.multipliers);
+    one.tickets = reinterpret_cast<int32_t*>(one.chosen + sizes.chosen);
+    const cudaError_t launched = launch_dense_experts(one, {}, stream);
+    if (launched != cudaSuccess) return launched;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace jax_router

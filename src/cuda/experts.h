@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "experts_call.h"
 #include "options.h"
 
 namespace jax_router {
@@ -32,7 +33,7 @@ struct DenseExperts {
   int64_t tokens;
   int64_t experts;
   int64_t depth;   // a multiple of 64; float8: of 128
-  int64_t hidden;  // a multiple of 8; float8: any
+  int64_t hidden;  // a multiple of 8
   bool skip;       // whether experts that no token has chosen are left out; the bits are the same
   // Scratch, see ExpertsScratch.
   float* multipliers;
@@ -64,6 +65,10 @@ bool dense_experts_run(int device);
 
 cudaError_t launch_dense_experts(const DenseExperts& call, ExpertsTactic tactic,
                                  cudaStream_t stream);
+
+// The same of a call as XLA makes it: one launch for each batch row, all with the same scratch.
+int64_t experts_scratch_words(const Experts& call);  // of 4 bytes
+cudaError_t launch_experts(const Experts& call, int32_t* scratch, cudaStream_t stream);
 
 }  // namespace jax_router
 

@@ -10,6 +10,8 @@
 #include "balance_ffi.h"
 #include "blocks.h"
 #include "blocks_ffi.h"
+#include "experts.h"
+#include "experts_ffi.h"
 #include "ffi.h"
 #include "permute.h"
 #include "permute_ffi.h"
@@ -253,6 +255,39 @@ ffi::Error plan(cudaStream_t stream, ffi::AnyBuffer ids, ffi::Result<ffi::AnyBuf
 
 XLA_FFI_DEFINE_HANDLER(kPlan, plan, bind_plan<Stream>(), {ffi::Traits::kCmdBufferCompatible});
 
+// ---- experts ----
+
+// The scratch is a result that Python drops.
+ffi::Error launch_experts_call(const Experts& call, ffi::AnyBuffer& scratch, cudaStream_t stream) {
+  JAX_ROUTER_RETURN_IF_ERROR(
+      check_elements("the scratch", scratch, call.batch * experts_scratch_words(call)));
+  JAX_ROUTER_RETURN_IF_ERROR(check_type("the scratch", scratch, ffi::DataType::S32));
+  return launch_result("experts",
+                       launch_experts(call, static_cast<int32_t*>(scratch.untyped_data()), stream));
+}
+
+ffi::Error experts(cudaStream_t stream, ffi::AnyBuffer h, ffi::AnyBuffer w2, ffi::AnyBuffer alpha,
+                   ffi::Result<ffi::AnyBuffer> result, ffi::Result<ffi::AnyBuffer> scratch) {
+  Experts call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_experts(h, w2, alpha, *result, &call));
+  return launch_experts_call(call, *scratch, stream);
+}
+
+ffi::Error experts_float8(cudaStream_t stream, ffi::AnyBuffer h, ffi::AnyBuffer w2,
+                          ffi::AnyBuffer alpha, ffi::AnyBuffer h_scale, ffi::AnyBuffer w2_scale,
+                          ffi::Result<ffi::AnyBuffer> result, ffi::Result<ffi::AnyBuffer> scratch) {
+  Experts call;
+  JAX_ROUTER_RETURN_IF_ERROR(
+      decode_experts_float8(h, w2, alpha, h_scale, w2_scale, *result, &call));
+  return launch_experts_call(call, *scratch, stream);
+}
+
+XLA_FFI_DEFINE_HANDLER(kExperts, experts, bind_experts<Stream>().Ret<ffi::AnyBuffer>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kExpertsFloat8, experts_float8,
+                       bind_experts_float8<Stream>().Ret<ffi::AnyBuffer>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
 // ---- replicas ----
 
 ffi::Error replicas(cudaStream_t stream, ffi::AnyBuffer experts, ffi::AnyBuffer table,
@@ -289,6 +324,8 @@ nb::dict handlers() {
   table["blocks"] = nb::capsule(reinterpret_cast<void*>(kBlocks));
   table["route_and_plan_blocks"] = nb::capsule(reinterpret_cast<void*>(kRouteAndPlanBlocks));
   table["plan"] = nb::capsule(reinterpret_cast<void*>(kPlan));
+  table["experts"] = nb::capsule(reinterpret_cast<void*>(kExperts));
+  table["experts_float8"] = nb::capsule(reinterpret_cast<void*>(kExpertsFloat8));
   table["assign_replicas"] = nb::capsule(reinterpret_cast<void*>(kReplicas));
   return table;
 }
@@ -300,6 +337,16 @@ int64_t max_fused_tokens(int64_t experts, int64_t k, int64_t group_count, int de
   return most_fused_tokens(experts, options, device);
 }
 
+int64_t scratch_words(bool float8, int64_t tokens, int64_t experts, int64_t depth, int64_t width) {
+  Experts call{};
+  call.float8 = float8;
+  call.tokens = tokens;
+  call.experts = experts;
+  call.depth = depth;
+  call.width = width;
+  return experts_scratch_words(call);
+}
+
 }  // namespace
 }  // namespace jax_router
 
@@ -308,6 +355,10 @@ NB_MODULE(_cuda, m) {
   m.def("handlers", &jax_router::handlers, "FFI handlers by name.");
   m.def("max_fused_tokens", &jax_router::max_fused_tokens,
         "Up to how many tokens route_and_plan_blocks is one kernel on a device, by its number.");
+  m.def("experts_run", &jax_router::dense_experts_run,
+        "Whether the kernel of experts is in this build and runs on a device, by its number.");
+  m.def("experts_scratch", &jax_router::scratch_words,
+        "Scratch of the kernel of experts for a batch row, in elements of 4 bytes.");
   m.def(
       "ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
       "XLA FFI version (major, minor) that this module was compiled for.");
