@@ -337,7 +337,8 @@ int64_t max_fused_tokens(int64_t experts, int64_t k, int64_t group_count, int de
   return most_fused_tokens(experts, options, device);
 }
 
-int64_t scratch_words(bool float8, int64_t tokens, int64_t experts, int64_t depth, int64_t width) {
+int64_t experts_scratch_of(bool float8, int64_t tokens, int64_t experts, int64_t depth,
+                           int64_t width) {
   Experts call{};
   call.float8 = float8;
   call.tokens = tokens;
@@ -357,7 +358,7 @@ NB_MODULE(_cuda, m) {
         "Up to how many tokens route_and_plan_blocks is one kernel on a device, by its number.");
   m.def("experts_run", &jax_router::dense_experts_run,
         "Whether the kernel of experts is in this build and runs on a device, by its number.");
-  m.def("experts_scratch", &jax_router::scratch_words,
+  m.def("experts_scratch", &jax_router::experts_scratch_of,
         "Scratch of the kernel of experts for a batch row, in elements of 4 bytes.");
   m.def(
       "ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
