@@ -300,7 +300,7 @@ def test_cuda_call_of_float8(cuda_kernel):
   assert "@jax_router" not in lowered(run, h, packed, alpha, h_scale)
   h, alpha, h_scale = (np.stack([x, x]) for x in (h, alpha, h_scale))
   text = lowered(jax.vmap(run, (0, None, 0, 0)), h, packed, alpha, h_scale, platform="cuda")
-  assert "tensor<24x384xf8E4M3FN>" in text and "-> (tensor<6x2x24xbf16>, " in text
+  assert "tensor<24x384xf8E4M3FN>" in text and "-> (tensor<2x6x24xbf16>, " in text
 
 
 def test_vmap_of_float8(rng):

@@ -47,7 +47,7 @@ run_tests() {
 }
 
 run_benchmarks() {
-  for benchmark in route stats plan permute decode moe_layer balance; do
+  for benchmark in route stats plan permute decode moe_layer balance experts; do
     "$python" "benchmarks/$benchmark.py" --output "$out" >"$out/$benchmark.log" 2>&1 || {
       status=$?
       tail -20 "$out/$benchmark.log"
@@ -62,7 +62,8 @@ run_sanitize() {
     PYTHONSAFEPATH=1 XLA_PYTHON_CLIENT_ALLOCATOR=platform XLA_FLAGS=--xla_gpu_enable_command_buffer= \
       compute-sanitizer --tool "$tool" --kernel-name kns=jax_router --report-api-errors no --error-exitcode 9 \
       "$python" -m pytest -q -p no:benchmark tests/test_cuda.py tests/test_stats_cuda.py \
-      tests/test_scores_cuda.py tests/test_plan_cuda.py tests/test_permute_cuda.py tests/test_replicas_cuda.py -k test_grid >"$out/$tool.log" 2>&1 ||
+      tests/test_scores_cuda.py tests/test_plan_cuda.py tests/test_permute_cuda.py tests/test_replicas_cuda.py \
+      tests/test_experts_cuda.py -k test_grid >"$out/$tool.log" 2>&1 ||
       status=$?
     tail -5 "$out/$tool.log"
   done
