@@ -46,7 +46,7 @@ class Case:
     """The options of `route`."""
     if self.model == "softmax":
       return {}
-    bias = jnp.linspace(-0.1, 0.1, self.experts, dtype=jnp.float32)
+    bias = np.linspace(-0.1, 0.1, self.experts, dtype=np.float32)
     groups = jax_router.Groups(8, 4) if self.model == "deepseek-v3" else None
     return {"score": "sigmoid", "bias": bias, "groups": groups, "scale": 2.5}
 

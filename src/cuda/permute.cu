@@ -100,27 +100,28 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   });
 }
 
-// Writes the gradients of the weights of up to kSlotsAtOnce entries from the sums of the threads.
+// Writes the gradients of the weights of up to kSlots entries from the sums of the threads.
 // `parts` takes turns, so that a block of one team waits once: when a buffer is written again, all
 // threads have met since it was read.
-__device__ __forceinline__ void store_dots(const float (&dots)[kSlotsAtOnce], int count, int team,
-                                           float (*parts)[kSlotsAtOnce], float* gradient) {
-  float sums[kSlotsAtOnce];
+template <int kSlots>
+__device__ __forceinline__ void store_dots(const float (&dots)[kSlots], int count, int team,
+                                           float (*parts)[kSlots], float* gradient) {
+  float sums[kSlots];
 #pragma unroll
-  for (int s = 0; s < kSlotsAtOnce; ++s) {
+  for (int s = 0; s < kSlots; ++s) {
     if (s < count) sums[s] = team_sum(dots[s], team);
   }
   if (team <= kWarpSize) {
     if (threadIdx.x % team != 0) return;
 #pragma unroll
-    for (int s = 0; s < kSlotsAtOnce; ++s) {
+    for (int s = 0; s < kSlots; ++s) {
       if (s < count) gradient[s] = sums[s];
     }
     return;
   }
   if (threadIdx.x % kWarpSize == 0) {
 #pragma unroll
-    for (int s = 0; s < kSlotsAtOnce; ++s) {
+    for (int s = 0; s < kSlots; ++s) {
       if (s < count) parts[threadIdx.x / kWarpSize][s] = sums[s];
     }
   }
@@ -132,10 +133,14 @@ __device__ __forceinline__ void store_dots(const float (&dots)[kSlotsAtOnce], in
   }
 }
 
-template <typename T, int kCount>
-__global__ void __launch_bounds__(kMostThreads, 2)
+// Blocks of `combine_backward_kernel` that a processor must have room for: the fewer rows a thread
+// has on their way, the more threads it takes.
+constexpr int backward_blocks(int slots) { return slots == 2 ? 4 : slots == 4 ? 3 : 2; }
+
+template <typename T, int kCount, int kSlots>
+__global__ void __launch_bounds__(kMostThreads, backward_blocks(kSlots))
     combine_backward_kernel(const CombineBackward call, const int chunks, const int team) {
-  __shared__ float parts[2][kMostThreads / kWarpSize][kSlotsAtOnce];
+  __shared__ float parts[2][kMostThreads / kWarpSize][kSlots];
   const EntryPlan& plan = call.plan;
   const int slots = static_cast<int>(plan.slots);
   const uint32_t entries = static_cast<uint32_t>(plan.entries());
@@ -147,22 +152,22 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     const auto* rows = static_cast<const Raw<T, kCount>*>(call.rows) + row.first * chunks;
     auto* gradients = static_cast<Raw<T, kCount>*>(call.rows_gradient) + row.first * chunks;
     const auto* cotangent = static_cast<const Raw<T, kCount>*>(call.cotangent) + row.token * chunks;
-    for (int slot = 0; slot < slots; slot += kSlotsAtOnce) {
-      const int count = slots - slot < kSlotsAtOnce ? slots - slot : kSlotsAtOnce;
+    for (int slot = 0; slot < slots; slot += kSlots) {
+      const int count = slots - slot < kSlots ? slots - slot : kSlots;
       const int64_t entry = row.token * plan.slots + slot;
-      uint32_t position[kSlotsAtOnce];
-      float weight[kSlotsAtOnce];
-      float dots[kSlotsAtOnce] = {};
+      uint32_t position[kSlots];
+      float weight[kSlots];
+      float dots[kSlots] = {};
 #pragma unroll
-      for (int s = 0; s < kSlotsAtOnce; ++s) {
+      for (int s = 0; s < kSlots; ++s) {
         position[s] = s < count ? __ldg(row.inverse + slot + s) : UINT32_MAX;
         weight[s] = s < count && of_rows ? __ldg(call.weights + entry + s) : 0.0f;
       }
       for (int c = rank; c < chunks; c += team) {
-        Raw<T, kCount> raw[kSlotsAtOnce];
+        Raw<T, kCount> raw[kSlots];
         if (of_weights) {
 #pragma unroll
-          for (int s = 0; s < kSlotsAtOnce; ++s) {
+          for (int s = 0; s < kSlots; ++s) {
             if (position[s] >= row.grouped) continue;
             raw[s] = __ldcs(rows + at(position[s], chunks, c));
           }
@@ -171,7 +176,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
         unpack<T, kCount>(__ldg(cotangent + c), g);
         if (of_rows) {
 #pragma unroll
-          for (int s = 0; s < kSlotsAtOnce; ++s) {
+          for (int s = 0; s < kSlots; ++s) {
             if (position[s] >= entries) continue;
             float scaled[kCount];
 #pragma unroll
@@ -183,7 +188,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
         }
         if (of_weights) {
 #pragma unroll
-          for (int s = 0; s < kSlotsAtOnce; ++s) {
+          for (int s = 0; s < kSlots; ++s) {
             if (position[s] >= row.grouped) continue;
             float x[kCount];
             unpack<T, kCount>(raw[s], x);
@@ -277,8 +282,11 @@ cudaError_t launch_combine_backward(const CombineBackward& call, cudaStream_t st
                        is_multiple(bytes, kChunkBytes, call.cotangent, nullptr);
   return with_chunks(call.type, aligned, [&](auto* null, auto count) {
     constexpr int kCount = decltype(count)::value;
-    const auto kernel = combine_backward_kernel<std::remove_pointer_t<decltype(null)>, kCount>;
-    return launch(kernel, call, plan.width / kCount, false, stream);
+    return with_slots<kCount>(plan.slots, [&](auto slots) {
+      using T = std::remove_pointer_t<decltype(null)>;
+      const auto kernel = combine_backward_kernel<T, kCount, decltype(slots)::value>;
+      return launch(kernel, call, plan.width / kCount, false, stream);
+    });
   });
 }
 

@@ -1,5 +1,6 @@
-// The joint backward of `stats`: one pass over the logits, which turn into their gradient in place,
-// in tiles like those of route_backward.cu.
+// The joint backward of `stats` for rows that do not find room in registers, or are not aligned:
+// one pass over the logits, which turn into their gradient in place, in tiles like those of
+// route_backward.cu.
 
 #include <cstdint>
 
@@ -69,37 +70,18 @@ struct TileRow {
   }
 };
 
-// What was saved of the row of this lane, and the cotangent of its z sum.
-struct RowInputs {
-  SavedSoftmax softmax;
-  float z_cotangent;
-
-  __device__ __forceinline__ RowInputs of_lane(int source) const {
-    return {{__shfl_sync(kAllLanes, softmax.largest, source),
-             __shfl_sync(kAllLanes, softmax.total, source)},
-            __shfl_sync(kAllLanes, z_cotangent, source)};
-  }
-};
-
-__device__ __forceinline__ RowInputs load_inputs(const RouteBackward& call, int64_t first, int row,
-                                                 int tokens) {
-  const int64_t token = first + (row < tokens ? row : 0);
-  return {call.softmax[token], z_cotangent_of(call, token)};
-}
-
 // Turns a row of logits into the gradient of the statistics, in place.
 template <bool kElementwise, typename T>
 __device__ __forceinline__ JointRow transform_row(const RouteBackward& call,
                                                   const RouteOptions& options, int64_t token,
-                                                  const RowInputs& inputs, float mean, T* logits,
-                                                  int lane) {
+                                                  float mean, T* logits, int lane) {
   const float* cotangent = score_cotangents(call, token);
   const int experts = static_cast<int>(call.experts);
   const bool in_fours = experts % 4 == 0 && reinterpret_cast<uintptr_t>(cotangent) % 16 == 0;
   const TileRow<T> row{logits, cotangent, experts, in_fours, lane};
   const JointRow joint =
-      joint_row<kElementwise>(call, options, inputs.softmax, inputs.z_cotangent, mean, cotangent,
-                              [&](auto visit) { row.visit(visit); });
+      joint_row<kElementwise>(call, options, call.softmax[token], z_cotangent_of(call, token), mean,
+                              cotangent, [&](auto visit) { row.visit(visit); });
   if (!joint.alive()) {
     row.transform([](float, float) { return 0.0f; });
   } else if (!kElementwise && joint.exponential.near) {
@@ -113,14 +95,12 @@ __device__ __forceinline__ JointRow transform_row(const RouteBackward& call,
   return joint;
 }
 
-// Makes the gradient of the rows of a group in a tile of logits.
-template <bool kElementwise, typename T, int kPasses>
-__device__ __forceinline__ void apply_group(const RouteBackward& call, const RouteOptions& options,
-                                            const Tiling& tiling, Group<kPasses>& group,
-                                            const RowInputs& inputs, int64_t first, int tokens,
-                                            T* tile, int lane) {
-  const int experts = static_cast<int>(call.experts);
-  T* const row = tile + group.row * experts;
+constexpr int kPasses = kMostSlots / kWarpSize;  // a token has all lanes
+
+// Makes the gradient of a row of logits, in place.
+template <bool kElementwise, typename T>
+__device__ __forceinline__ void apply_row(const RouteBackward& call, const RouteOptions& options,
+                                          int64_t token, Group<kPasses>& group, T* row, int lane) {
   float values[kPasses];
   float logits[kPasses];
 #pragma unroll
@@ -132,19 +112,10 @@ __device__ __forceinline__ void apply_group(const RouteBackward& call, const Rou
     logits[i] = slot.expert < 0 ? 0.0f : to_float(row[slot.expert]);
   }
   __syncwarp();
-  JointRow joint{nullptr, options.score, Exponential(0.0f), 0.0f, 0.0f, 0.0f, 0.0f};
-  for (int g = 0; g < kWarpSize / tiling.lanes; ++g) {
-    const int source = g * tiling.lanes;
-    const int r = __shfl_sync(kAllLanes, group.row, source);
-    if (r >= tokens) break;
-    const float mean = __shfl_sync(kAllLanes, group.mean, source);
-    const JointRow found = transform_row<kElementwise>(
-        call, options, first + r, inputs.of_lane(source), mean, tile + r * experts, lane);
-    if (r == group.row) joint = found;
-  }
+  const JointRow joint = transform_row<kElementwise>(call, options, token, group.mean, row, lane);
   __syncwarp();
   if (call.weights == nullptr) return;
-  if (any_twice(group, row, lane)) merge_equal(group, values, tiling.lanes, lane);
+  if (any_twice(group, row, lane)) merge_equal(group, values, kWarpSize, lane);
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
@@ -157,14 +128,8 @@ __device__ __forceinline__ void apply_group(const RouteBackward& call, const Rou
   }
 }
 
-// Softmax needs few registers: so many blocks that rows of few experts hide each other's latency.
-template <bool kElementwise, int kPasses>
-inline constexpr int kLeastBlocks =
-    kPasses < 2 ? (kElementwise ? 5 : 7)
-                : (kPasses < 4 ? (kElementwise ? 5 : 6) : (kPasses < 8 && !kElementwise ? 5 : 4));
-
-template <typename T, int kPasses, bool kElementwise>
-__global__ void __launch_bounds__(kMostWarps* kWarpSize, kLeastBlocks<kElementwise, kPasses>)
+template <typename T, bool kElementwise>
+__global__ void __launch_bounds__(kMostWarps* kWarpSize, kElementwise ? 5 : 6)
     route_stats_backward_kernel(const __grid_constant__ RouteBackward call,
                                 const __grid_constant__ RouteOptions options,
                                 const __grid_constant__ Tiling tiling) {
@@ -190,17 +155,12 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, kLeastBlocks<kElementwi
     copy_tile(tile, logits, bytes, tiling.aligned, lane);
   }
   auto group = load_group<T, kPasses>(call, options, tiling, first, 0, tokens, lane);
-  RowInputs inputs = load_inputs(call, first, group.row, tokens);
   __syncwarp();
   if (bulk) barriers[warp].wait(0);
   __syncwarp();
-  const int together = kWarpSize / tiling.lanes;
-  for (int r = 0; r < tokens; r += together) {
-    if (r > 0) {
-      group = load_group<T, kPasses>(call, options, tiling, first, r, tokens, lane);
-      inputs = load_inputs(call, first, group.row, tokens);
-    }
-    apply_group<kElementwise>(call, options, tiling, group, inputs, first, tokens, tile, lane);
+  for (int r = 0; r < tokens; ++r) {
+    if (r > 0) group = load_group<T, kPasses>(call, options, tiling, first, r, tokens, lane);
+    apply_row<kElementwise>(call, options, first + r, group, tile + r * call.experts, lane);
   }
   T* const gradient = static_cast<T*>(call.gradient) + first * call.experts;
   if (bulk) {
@@ -226,13 +186,11 @@ cudaError_t launch_stats_backward(const RouteBackward& call, const RouteOptions&
   }
   return with_type(call.logits_type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Tiling tiling = tile_rows(call, options, sizeof(T));
-    return with_passes(options, tiling, [&](auto passes) {
-      const auto kernel = options.score == Score::kSoftmax
-                              ? route_stats_backward_kernel<T, passes.value, false>
-                              : route_stats_backward_kernel<T, passes.value, true>;
-      return launch_tiles(kernel, call, options, tiling, stream);
-    });
+    Tiling tiling = tile_rows(call, options, sizeof(T));
+    tiling.lanes = kWarpSize;
+    const auto kernel = options.score == Score::kSoftmax ? route_stats_backward_kernel<T, false>
+                                                         : route_stats_backward_kernel<T, true>;
+    return launch_tiles(kernel, call, options, tiling, stream);
   });
 }
 

@@ -1,5 +1,5 @@
-// The joint backward of `stats` for softmax where a warp holds its row in registers: all loads of a
-// token are under way before the first is used, and the gradient is stored from registers.
+// The joint backward of `stats` where a warp holds its row in registers: all loads of a token are
+// under way before the first is used, and the gradient is stored from registers.
 
 #include <cstdint>
 #include <type_traits>
@@ -12,7 +12,8 @@
 namespace jax_router {
 namespace {
 
-constexpr int kMostChunks = 18;  // of a lane
+constexpr int kMostChunks = 18;            // of a lane
+constexpr int kMostElementwiseChunks = 8;  // where scores are not softmax: their code is long
 
 // Whether two slots of the token have the same expert.
 template <int kPasses>
@@ -87,8 +88,16 @@ struct WarpRow {
   }
 };
 
-template <typename T, int kChunks, int kPasses>
-__global__ void __launch_bounds__(kMostWarps* kWarpSize, kChunks <= 4 ? 7 : (kChunks <= 8 ? 5 : 4))
+// Blocks that a processor must have room for: as many as leave a thread the registers it needs.
+constexpr int least_blocks(int chunks, int passes, bool wide) {
+  if (chunks <= 4) return 7;
+  if (chunks <= 8) return 5;
+  return wide && passes > 1 ? 3 : 4;
+}
+
+template <typename T, int kChunks, int kPasses, bool kElementwise>
+__global__ void __launch_bounds__(kMostWarps* kWarpSize,
+                                  least_blocks(kChunks, kPasses, sizeof(T) == 4))
     route_stats_backward_warp_kernel(const __grid_constant__ RouteBackward call,
                                      const __grid_constant__ RouteOptions options) {
   const int lane = threadIdx.x % kWarpSize;
@@ -109,17 +118,17 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, kChunks <= 4 ? 7 : (kCh
     const int expert = group.slots[i].expert;
     chosen[i] = expert < 0 ? 0.0f : to_float(logits[expert]);
   }
-  const JointRow joint = joint_row<false>(call, options, softmax, z_cotangent, group.mean,
-                                          cotangent, [&](auto visit) { row.visit(visit); });
+  const JointRow joint = joint_row<kElementwise>(call, options, softmax, z_cotangent, group.mean,
+                                                 cotangent, [&](auto visit) { row.visit(visit); });
   if (!joint.alive()) {
     row.store([](float, float) { return 0.0f; });
-  } else if (joint.exponential.near) {
+  } else if (!kElementwise && joint.exponential.near) {
     const float offset = joint.offset * joint.factor;
     row.store([&](float x, float s) {
       return joint.exponential.near_number(x) * fmaf(s, joint.factor, offset);
     });
   } else {
-    row.store([&](float x, float s) { return joint.template gradient<false>(x, s); });
+    row.store([&](float x, float s) { return joint.template gradient<kElementwise>(x, s); });
   }
   if (call.weights == nullptr) return;
   float values[kPasses];
@@ -137,14 +146,15 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, kChunks <= 4 ? 7 : (kCh
     const int expert = group.slots[i].expert;
     if (expert < 0) continue;
     const float s = cotangent != nullptr ? __ldg(cotangent + expert) : 0.0f;
-    store_value(gradient + expert, values[i] + joint.template gradient<false>(chosen[i], s));
+    store_value(gradient + expert, values[i] + joint.template gradient<kElementwise>(chosen[i], s));
   }
 }
 
-template <typename T, int kChunks>
+template <typename T, int kChunks, bool kElementwise>
 cudaError_t launch(const RouteBackward& call, const RouteOptions& options, cudaStream_t stream) {
-  const auto kernel = options.k <= kWarpSize ? route_stats_backward_warp_kernel<T, kChunks, 1>
-                                             : route_stats_backward_warp_kernel<T, kChunks, 2>;
+  const auto kernel = options.k <= kWarpSize
+                          ? route_stats_backward_warp_kernel<T, kChunks, 1, kElementwise>
+                          : route_stats_backward_warp_kernel<T, kChunks, 2, kElementwise>;
   const unsigned blocks = static_cast<unsigned>((call.tokens + kMostWarps - 1) / kMostWarps);
   return launch_blocks(kernel, blocks, kMostWarps, 0, stream, call, options);
 }
@@ -155,17 +165,23 @@ bool stats_backward_warp_fits(const RouteBackward& call, const RouteOptions& opt
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(call.gradient) |
                               reinterpret_cast<uintptr_t>(call.logits) |
                               reinterpret_cast<uintptr_t>(call.score_cotangent);
-  return options.score == Score::kSoftmax && options.k <= 2 * kWarpSize && addresses % 16 == 0 &&
-         call.experts % 4 == 0 && call.experts <= kMostChunks * 4 * kWarpSize;
+  const int chunks = options.score == Score::kSoftmax ? kMostChunks : kMostElementwiseChunks;
+  return options.k <= 2 * kWarpSize && addresses % 16 == 0 && call.experts % 4 == 0 &&
+         call.experts <= chunks * 4 * kWarpSize;
 }
 
 cudaError_t launch_stats_backward_warp(const RouteBackward& call, const RouteOptions& options,
                                        cudaStream_t stream) {
   return with_type(call.logits_type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (call.experts <= 512) return launch<T, 4>(call, options, stream);
-    if (call.experts <= 1024) return launch<T, 8>(call, options, stream);
-    return launch<T, kMostChunks>(call, options, stream);
+    return with_bool(options.score != Score::kSoftmax, [&](auto elementwise) {
+      constexpr bool kElementwise = decltype(elementwise)::value;
+      if (call.experts <= 512) return launch<T, 4, kElementwise>(call, options, stream);
+      if (kElementwise || call.experts <= 1024) {
+        return launch<T, 8, kElementwise>(call, options, stream);
+      }
+      return launch<T, kElementwise ? 8 : kMostChunks, kElementwise>(call, options, stream);
+    });
   });
 }
 
