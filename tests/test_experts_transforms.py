@@ -262,7 +262,8 @@ def test_cuda_lowering_follows_the_sizes(cuda_kernel):
 def test_cuda_lowering_follows_the_devices(monkeypatch):
   """Without GPUs that run the kernel, what is compiled for CUDA is plain JAX."""
   monkeypatch.setattr(_experts_primitive, "why_not_cuda", lambda: "it is not there")
-  operands = make_operands(8, 4, 64, 8, 2, np.dtype(jnp.bfloat16))
+  # Sizes of its own: JAX keeps what it has lowered before.
+  operands = make_operands(10, 4, 64, 8, 2, np.dtype(jnp.bfloat16))
   assert "@jax_router" not in lowered(dense_moe_fc2, *operands, platform="cuda")
   monkeypatch.setattr(_native, "check_implementation", lambda name: None)
   with pytest.raises(ValueError, match="'cuda' of dense_moe_fc2 cannot run here: it is not there"):
