@@ -98,6 +98,10 @@ struct RouteForward {
   RouteStats stats;
   // Whether rows of logits allow loads of four elements; for the CUDA kernels, set by their launch.
   bool aligned;
+  // For them, too, where groups are whole chunks of four experts: how many chunks a group has, and
+  // 2**16 divided by that, rounded up.
+  int group_chunks;
+  uint32_t group_inverse;
 
   // A bitmap has the least significant bit first and 0 in the bits past the last expert.
   JAX_ROUTER_HOST_DEVICE int64_t map_row_bytes() const {

@@ -135,3 +135,70 @@ def test_denormal_sums_of_keys_are_zero(kernel_route):
   logits = np.array([[0, 0, 1e-40, 1e-40], [0, 0, 2e-38, 2e-38]], np.float32)
   got = kernel_route(logits, 1, score="none", groups=Groups(2, 1))
   assert np.asarray(got.experts).tolist() == [[0], [2]]
+
+
+@pytest.mark.parametrize("most", (1, 2, 3, 40, 1000))
+def test_keys_a_rounding_apart(kernel_route, rng, most):
+  """Scores of 1/2 and biases of whole units in the last place: every sum is exact."""
+  for experts, groups, k in (
+    (256, (8, 4), 8),
+    (256, (64, 5), 8),
+    (128, (4, 2), 4),
+    (160, (8, 3), 6),
+    (512, (16, 8), 16),
+    (896, (1, 1), 16),
+  ):
+    units = rng.integers(most, size=experts)
+    bias = (units * 2.0**-23).astype(np.float32)
+    got = kernel_route(
+      np.zeros((9, experts), np.float32), k, score="sigmoid", bias=bias, groups=Groups(*groups)
+    )
+    count, keep = groups
+    best = np.sort(units.reshape(count, -1), axis=1)[:, -2:].sum(axis=1)
+    kept = np.argsort(-best, kind="stable")[:keep]
+    inside = np.isin(np.arange(experts) // (experts // count), kept)
+    want = np.argsort(np.where(inside, -units, experts * most), kind="stable")[:k]
+    np.testing.assert_array_equal(got.experts, np.tile(want, (9, 1)))
+
+
+@pytest.mark.parametrize("score", oracle.SCORES)
+def test_nan_in_the_bias_counts_as_minus_infinity(kernel_route, rng, score):
+  for experts, groups, k in (
+    (256, (8, 4), 8),
+    (160, (8, 3), 6),
+    (512, (16, 8), 16),
+    (48, (1, 1), 8),
+    (384, None, 8),
+  ):
+    logits = shapes.make_logits("nan", 30, experts)
+    bias = rng.normal(size=experts).astype(np.float32)
+    bad = rng.random(experts) < 0.2
+    options = {"score": score, "groups": groups and Groups(*groups)}
+    got, want = (
+      kernel_route(logits, k, bias=np.where(bad, x, bias).astype(np.float32), **options)
+      for x in (np.nan, -np.inf)
+    )
+    np.testing.assert_array_equal(got.experts, want.experts)
+    np.testing.assert_array_equal(got.weights, want.weights)
+    assert not np.isin(np.asarray(got.experts), np.flatnonzero(bad)).any()
+
+
+@pytest.mark.parametrize("group_score", ("top2", "max"))
+@pytest.mark.parametrize("count, keep", ((1, 1), (4, 4)))
+def test_all_groups_stay(kernel_route, group_score, count, keep):
+  """Nothing is left out, but a row may still have too few groups with a score."""
+  options = {"score": "sigmoid", "groups": Groups(count, keep, group_score)}
+  bias = np.linspace(-0.1, 0.1, 128).astype(np.float32)
+  logits = shapes.make_logits("random", 40, 128)
+  logits[::2] = -1
+  logits[::2, 1:][:, :: 128 // count] = 2
+  logits[::4, 1:] = np.nan
+  logits[1::4] = np.nan
+  logits[1::4, 7] = 0
+  want = oracle.check_route(
+    kernel_route(logits, 8, bias=bias, **options), logits, 8, bias=bias, **options
+  )
+  degenerate = np.zeros(40, bool)
+  if count > 1 or group_score == "top2":
+    degenerate[::4] = degenerate[1::4] = True
+  np.testing.assert_array_equal(want.degenerate, degenerate)

@@ -8,6 +8,7 @@
 #include "groups.cuh"
 #include "network.cuh"
 #include "options.h"
+#include "registers_keys.cuh"
 #include "row.cuh"
 #include "shape.cuh"
 #include "stats.cuh"
@@ -78,10 +79,10 @@ __device__ __forceinline__ Softmax softmax_of(const float (&x)[S::kChunks][kChun
   return {largest, total > 0.0f ? total : 1.0f};
 }
 
+// The largest element of each class.
 template <typename S>
-__device__ __forceinline__ Bound bound_of(const float (&x)[S::kChunks][kChunk], int k,
-                                          ClassMaxima<S::kMaxima> maxima, int lane) {
-  float classes[S::kClasses];
+__device__ __forceinline__ void classify(const float (&x)[S::kChunks][kChunk],
+                                         float (&classes)[S::kClasses]) {
 #pragma unroll
   for (int i = 0; i < S::kClasses; ++i) classes[i] = -kInfinity;
 #pragma unroll
@@ -91,6 +92,11 @@ __device__ __forceinline__ Bound bound_of(const float (&x)[S::kChunks][kChunk], 
       classes[c % S::kClasses] = larger(classes[c % S::kClasses], x[j][c]);
     }
   }
+}
+
+template <typename S>
+__device__ __forceinline__ Bound bound_of(float (&classes)[S::kClasses], int k,
+                                          ClassMaxima<S::kMaxima> maxima, int lane) {
   if constexpr (S::kLanes == 8) {
     return eighth_of_classes(classes, lane);
   } else {
@@ -160,62 +166,34 @@ __device__ __forceinline__ RowValues<T, kBiased> row_values(const RouteForward& 
   row.aligned = call.aligned;
   row.score = options.score;
   row.softmax = {0.0f, 1.0f};
-  row.kept = {~uint64_t{0}, 0};
+  row.kept = {~uint64_t{0}, call.group_chunks, call.group_inverse};
   return row;
 }
 
-// Puts what elements are compared by, whatever the groups, in the place of logits. One score for
-// all, known here, so that the chains of operations of many elements overlap.
-template <typename S, Score kScore, typename T>
-__device__ __forceinline__ void add_bias(const RowValues<T, true>& row,
-                                         float (&x)[S::kChunks][kChunk], int lane) {
-  const bool in_fours = row.aligned && reinterpret_cast<uintptr_t>(row.bias) % 16 == 0;
-#pragma unroll
-  for (int j = 0; j < S::kChunks; ++j) {
-    const int e = (j * S::kLanes + lane) * kChunk;
-    float bias[kChunk];
-    if (in_fours) {
-      const bool inside = e < row.experts;
-      (inside ? Four<float>::load(row.bias + e) : Four<float>::lowest()).unpack(bias);
-    } else {
-      Four<float>::load_some(row.bias + e, row.experts - e).unpack(bias);
-    }
-#pragma unroll
-    for (int c = 0; c < kChunk; ++c) {
-      // Under "none" a -inf input stays one: its key, unlike its score, is not 0. Past the end the
-      // bias is -inf.
-      const float y = kScore == Score::kNone ? x[j][c] : score_of(x[j][c], kScore, row.softmax);
-      x[j][c] = x[j][c] == x[j][c] ? add_keys(y, bias[c]) : -kInfinity;
-    }
-  }
-}
-
+// Finds the largest element of each class, of the groups that stay. `x` is -inf in the others.
 template <typename S, typename T>
-__device__ __forceinline__ void turn_into_keys(const RowValues<T, true>& row,
-                                               float (&x)[S::kChunks][kChunk], int lane) {
-  if (row.bias == nullptr) {
+__device__ __forceinline__ void limit_to_groups(const RouteOptions& options,
+                                                RowValues<T, true>& row, Tolerance tolerance,
+                                                float (&x)[S::kChunks][kChunk],
+                                                float (&classes)[S::kClasses],
+                                                GroupScratch<S>& scratch, int lane) {
+  if (options.group_count <= 1) {
+    classify<S>(x, classes);
+    if (options.group_count == 0) return;
+    // A single group stays unless it has no score.
+    float top = classes[0];
 #pragma unroll
-    for (int j = 0; j < S::kChunks; ++j) {
-#pragma unroll
-      for (int c = 0; c < kChunk; ++c) x[j][c] = larger(x[j][c], -kInfinity);
-    }
-    return;
+    for (int i = 1; i < S::kClasses; ++i) top = larger(top, classes[i]);
+    if (two_count<S>(top)) return;
   }
-  switch (row.score) {
-    case Score::kSoftmax:
-      return add_bias<S, Score::kSoftmax>(row, x, lane);
-    case Score::kSigmoid:
-      return add_bias<S, Score::kSigmoid>(row, x, lane);
-    case Score::kSqrtSoftplus:
-      return add_bias<S, Score::kSqrtSoftplus>(row, x, lane);
-    default:
-      return add_bias<S, Score::kNone>(row, x, lane);
-  }
+  row.kept.mask = keep_groups<S>(options, row, tolerance, x, scratch, lane);
+  classify<S>(x, classes);
 }
 
 // Lists the survivors of the row that a group of lanes holds. `ids` is the group's list, `groups`
-// its memory for the scores of groups. Returns false in `fits` where they do not fit it.
-template <typename T, typename S, bool kBiased>
+// its memory for the scores of groups, kAtOnce how many chunks have their bias in registers, too.
+// Returns false in `fits` where the survivors do not fit the list.
+template <typename T, typename S, bool kBiased, int kAtOnce>
 __device__ __forceinline__ Candidates list_candidates(
     const RouteOptions& options, RowValues<T, kBiased>& row, const RegisterRow<T, S>& registers,
     uint32_t ids, GroupScratch<S>* groups, ClassMaxima<S::kMaxima> maxima, int lane, bool* fits) {
@@ -224,20 +202,23 @@ __device__ __forceinline__ Candidates list_candidates(
   if (options.score == Score::kSoftmax && (row.bias != nullptr || !options.renormalize)) {
     row.softmax = softmax_of<S>(x, top_of<S>(x));
   }
+  float classes[S::kClasses];
+  Tolerance tolerance = kExact;
   if constexpr (kBiased) {
-    turn_into_keys<S>(row, x, lane);
-    if (options.group_count > 0) {
-      row.kept = keep_groups<S>(options, row.experts, x, *groups, lane);
-    }
+    tolerance = turn_into_keys<S, kAtOnce>(row, x, lane);
+    limit_to_groups<S>(options, row, tolerance, x, classes, *groups, lane);
   }
   *fits = true;
   if (row.experts <= S::kListed) {
     for (int e = lane; e < row.experts; e += S::kLanes) store_shared_u16(ids + 2 * e, e);
     return {row.experts, kLowestKey, INT32_MAX, row.softmax};
   }
-  const Bound bound = bound_of<S>(x, static_cast<int>(options.k), maxima, lane);
+  if constexpr (!kBiased) classify<S>(x, classes);
+  Bound bound = bound_of<S>(classes, static_cast<int>(options.k), maxima, lane);
+  float listed = bound.bound;
+  if constexpr (kBiased) listed = loosen(bound, tolerance);
   Survivors<S::kLanes, S::kListed> survivors{ids, lane, 0};
-  list_survivors<S>(x, bound.bound, survivors);
+  list_survivors<S>(x, listed, survivors);
   *fits = !survivors.overflow() && bound.bound > -kInfinity;
   return {survivors.count, key_from_float(bound.bound), bound.top_key, row.softmax};
 }
@@ -290,15 +271,24 @@ __device__ __forceinline__ TokenContext context_of(int64_t token, bool real,
 }
 
 // The word of a list slot, for ranking.
-template <typename T, bool kBiased>
+template <typename T>
 struct WordAt {
-  const RowValues<T, kBiased>& row;
+  const RowValues<T, false>& row;
   uint32_t ids;
 
   __device__ __forceinline__ uint32_t operator()(int slot) const {
-    return Words<T, kBiased>::word(row, static_cast<int>(load_shared_u16(ids + 2 * slot)));
+    return Words<T, false>::word(row, static_cast<int>(load_shared_u16(ids + 2 * slot)));
   }
 };
+
+template <typename T, bool kBiased>
+__device__ __forceinline__ auto words_of(const RowValues<T, kBiased>& row, uint32_t ids) {
+  if constexpr (kBiased) {
+    return ExactWords<T>{row, ids};
+  } else {
+    return WordAt<T>{row, ids};
+  }
+}
 
 // Ranks and writes four tokens, eight lanes each.
 template <Extra kExtra, typename T, bool kBiased>
@@ -306,7 +296,7 @@ __device__ __forceinline__ void rank_group(const RouteForward& call, const Route
                                            const TokenContext& context,
                                            const RowValues<T, kBiased>& row, RankScratch& scratch,
                                            int group, int lane) {
-  const WordAt<T, kBiased> word_at{row, context.ids};
+  const auto word_at = words_of(row, context.ids);
   if (__any_sync(kAllLanes, context.count > 16)) {
     rank_and_write<kExtra, 8, 4>(call, options, context, row, scratch, word_at, group, lane);
   } else {

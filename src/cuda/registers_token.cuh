@@ -30,7 +30,7 @@ __device__ __forceinline__ void route_token(const RouteForward& call, const Rout
   const int words = kDense ? bitmap_words(call) : 0;
   bool fits;
   Candidates found =
-      list_candidates<T, S, kBiased>(options, row, registers, ids, groups, maxima, lane, &fits);
+      list_candidates<T, S, kBiased, 4>(options, row, registers, ids, groups, maxima, lane, &fits);
   if constexpr (kDense) {
     clear_bitmap(bits, words, lane);
     clear_dense<T>(call, token, 1, lane);
@@ -48,7 +48,7 @@ __device__ __forceinline__ void route_token(const RouteForward& call, const Rout
     __syncwarp();
   }
   finish_token<kExtra>(call, options, context_of(token, real, found, ids, bits, counts), row,
-                       scratch.ranks, WordAt<T, kBiased>{row, ids}, lane);
+                       scratch.ranks, words_of(row, ids), lane);
   if (words > 0) {
     __syncwarp();
     write_bitmap(call, token, 1, bits, words, lane);

@@ -37,8 +37,7 @@ DeviceLimits device_limits() {
 cudaError_t launch_route(const RouteForward& call, const RouteOptions& options,
                          cudaStream_t stream) {
   if (call.tokens == 0) return cudaSuccess;
-  RouteForward checked = call;
-  checked.aligned = allows_fours(call);
+  const RouteForward checked = for_registers(call, options);
   const bool listed =
       call.given == nullptr && options.k <= kMostListed && groups_in_registers(call, options);
   if (listed && call.experts <= kMostInLanes && options.k <= 8) {

@@ -166,7 +166,7 @@ cudaError_t launch_route_and_plan_blocks(const RouteAndPlanBlocks& call,
     return launch_chain(call, options, stream);
   }
   RouteAndPlanBlocks checked = call;
-  checked.route.aligned = allows_fours(call.route);
+  checked.route = for_registers(call.route, options);
   return with_type(call.route.logits_type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const bool few = options.k <= 8;

@@ -36,6 +36,7 @@ __device__ __forceinline__ void route_tokens(const RouteForward& call, const Rou
                                              int32_t* counts) {
   using Scratch = WarpScratch<S, kTokens>;
   constexpr bool kDense = kExtra == Extra::kDense;
+  constexpr int kAtOnce = kExtra == Extra::kStats ? 2 : S::kChunks;  // statistics need registers
   const int warp_lane = threadIdx.x % kWarpSize;
   const int lane = warp_lane % S::kLanes;
   const int group = warp_lane / S::kLanes;
@@ -52,7 +53,7 @@ __device__ __forceinline__ void route_tokens(const RouteForward& call, const Rou
   const uint32_t lists = shared_address(scratch.ids);
   const uint32_t ids = lists + 2 * Scratch::kStride * group;
   bool fits;
-  Candidates found = list_candidates<T, S, kBiased>(
+  Candidates found = list_candidates<T, S, kBiased, kAtOnce>(
       options, row, registers, ids, kBiased ? groups + group : nullptr, {}, lane, &fits);
   if constexpr (kExtra == Extra::kStats) {
     add_registers<T, S, kBiased>(call, options, registers, found, token, real, *sums, lane);
@@ -67,7 +68,7 @@ __device__ __forceinline__ void route_tokens(const RouteForward& call, const Rou
       other.softmax.largest = __shfl_sync(kAllLanes, row.softmax.largest, source);
       other.softmax.total = __shfl_sync(kAllLanes, row.softmax.total, source);
       if constexpr (kBiased) {
-        other.kept = {__shfl_sync(kAllLanes, row.kept.mask, source), row.kept.size};
+        other.kept.mask = __shfl_sync(kAllLanes, row.kept.mask, source);
       }
       const int32_t bound_key = __shfl_sync(kAllLanes, found.bound_key, source);
       const int32_t top_key = __shfl_sync(kAllLanes, found.top_key, source);
@@ -87,7 +88,7 @@ __device__ __forceinline__ void route_tokens(const RouteForward& call, const Rou
 }
 
 template <typename T, typename S, bool kBiased, bool kDense>
-__global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDense ? 7 : 8))
+__global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 4 : (kDense ? 7 : 8))
     route_lanes_kernel(const __grid_constant__ RouteForward call,
                        const __grid_constant__ RouteOptions options) {
   __shared__ WarpScratch<S, kTokens> scratches[kRegisterWarps];

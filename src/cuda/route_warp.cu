@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, S::kChunks > 4 ? 4 
     if (r + 1 < tokens) next.load(row.logits + call.experts, row.experts, call.aligned, lane);
     const uint32_t ids = lists + 2 * Scratch::kStride * r;
     bool fits;
-    Candidates found =
-        list_candidates<T, S, false>(options, row, registers, ids, nullptr, maxima, lane, &fits);
+    Candidates found = list_candidates<T, S, false, S::kChunks>(options, row, registers, ids,
+                                                                nullptr, maxima, lane, &fits);
     __syncwarp();
     if (!fits) {
       found.replace(relist<S::kListed>(row, found.bound_key, found.top_key,
@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, S::kChunks > 4 ? 4 
 }
 
 template <typename T, typename S, bool kBiased, bool kDense>
-__global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 5 : (kDense ? 7 : 8))
+__global__ void __launch_bounds__(kRegisterWarps* kWarpSize,
+                                  kBiased ? (kDense && S::kChunks > 4 ? 4 : 5) : (kDense ? 7 : 8))
     route_single_kernel(const __grid_constant__ RouteForward call,
                         const __grid_constant__ RouteOptions options) {
   __shared__ WarpScratch<S, 1> scratches[kRegisterWarps];

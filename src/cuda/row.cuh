@@ -33,12 +33,18 @@ __device__ __forceinline__ float fast_term(float x, float largest) {
   return __expf(fminf(fmaxf(x, -kInfinity), kLargest) - largest);
 }
 
-// The groups of a row that stay, a bit for each.
+// The groups of a row that stay, a bit for each; without groups all bits.
 struct KeptGroups {
   uint64_t mask;
-  int size;  // of a group; 0 where there are no groups
+  int chunks;        // of a group; 0 where there are no groups
+  uint32_t inverse;  // 2**16 / chunks, rounded up: exact for up to 256 chunks
 
-  __device__ __forceinline__ bool holds(int e) const { return size == 0 || (mask >> e / size & 1); }
+  __device__ __forceinline__ uint32_t group_of(uint32_t chunk) const {
+    return chunk * inverse >> 16;
+  }
+  __device__ __forceinline__ bool holds(int e) const {
+    return (mask >> group_of(static_cast<uint32_t>(e) / kChunk) & 1) != 0;
+  }
 };
 
 // A row and what its elements are compared by: the logit itself, or (kBiased) its score plus a bias

@@ -146,6 +146,18 @@ __device__ __forceinline__ float chosen_logit(const RowValues<T, kBiased>& row, 
   return kBiased ? larger(to_float(row.logits[expert]), -kInfinity) : value;
 }
 
+// The words of kSlots slots of a list, 0 past the count. With a bias they are made together.
+template <bool kBiased, int kSlots, typename WordAt>
+__device__ __forceinline__ void list_words(const WordAt& word_at, int first, int count,
+                                           uint32_t (&words)[kSlots]) {
+  if constexpr (kBiased) {
+    word_at(first, count, words);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) words[i] = first + i < count ? word_at(first + i) : 0;
+  }
+}
+
 // Sorts the survivors of a token by ranking, up to kLanes * kSlots of them, and writes its results;
 // k <= kLanes. `word_at` gives the word of a list slot, `group` is the token's number in the warp.
 template <Extra kExtra, int kLanes, int kSlots, typename T, bool kBiased, typename WordAt>
@@ -154,11 +166,7 @@ __device__ __forceinline__ void rank_and_write(
     const RowValues<T, kBiased>& row, RankScratch& scratch, WordAt word_at, int group, int lane) {
   using Order = Words<T, kBiased>;
   uint32_t words[kSlots];
-#pragma unroll
-  for (int i = 0; i < kSlots; ++i) {
-    const int slot = lane * kSlots + i;
-    words[i] = slot < context.count ? word_at(slot) : 0;
-  }
+  list_words<kBiased>(word_at, lane * kSlots, context.count, words);
   int ranks[kSlots];
   const uint32_t shared = shared_address(scratch.words + group * kLanes * kSlots);
   rank_words<kLanes, kSlots, Order::kUnique>(words, context.count, shared, context.ids, lane,
@@ -188,11 +196,7 @@ __device__ __forceinline__ void sort_and_write(const RouteForward& call,
                                                int lane) {
   using Order = Words<T, kBiased>;
   uint32_t words[kSlots];
-#pragma unroll
-  for (int i = 0; i < kSlots; ++i) {
-    const int slot = lane * kSlots + i;
-    words[i] = slot < context.count ? word_at(slot) : 0;
-  }
+  list_words<kBiased>(word_at, lane * kSlots, context.count, words);
   Chosen sorted[kSlots];
   sort_words<kSlots, Order::kUnique>(words, context.count, context.base, context.top, context.ids,
                                      lane, sorted);

@@ -1,0 +1,216 @@
+// What the elements of rows in registers are compared by.
+//
+// A sigmoid or a softmax plus a bias is computed here to a few roundings only, which costs a
+// quarter of the exact one. That is enough to bound the choice and to drop the groups that are
+// clearly worse: whatever lies within the tolerance is listed, and compared by its exact key.
+
+#ifndef JAX_ROUTER_CUDA_REGISTERS_KEYS_CUH_
+#define JAX_ROUTER_CUDA_REGISTERS_KEYS_CUH_
+
+#include <cstdint>
+
+#include "groups.cuh"
+#include "network.cuh"
+#include "options.h"
+#include "row.cuh"
+#include "scalar.h"
+#include "shape.cuh"
+#include "stats.cuh"
+
+namespace jax_router {
+
+// Errors of a score here and of the exact one make less than 2**-20, those of the sums with the
+// bias less than 2**-23 of these each.
+inline constexpr Tolerance kApproximate{0x1p-20f, 0x1p-22f};
+inline constexpr Tolerance kExact{0.0f, 0.0f};
+
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The bias of chunk j of a lane, -inf past the end of the row.
+template <typename S, typename T>
+__device__ __forceinline__ void load_bias(const RowValues<T, true>& row, int j, int lane,
+                                          float (&bias)[kChunk]) {
+  const int e = (j * S::kLanes + lane) * kChunk;
+  if (row.aligned) {
+    (e < row.experts ? Four<float>::load(row.bias + e) : Four<float>::lowest()).unpack(bias);
+  } else {
+    Four<float>::load_some(row.bias + e, row.experts - e).unpack(bias);
+  }
+}
+
+// Four sigmoids with one reciprocal. NaN gives any number.
+__device__ __forceinline__ void add_sigmoids(float (&x)[kChunk], const float (&bias)[kChunk]) {
+  float a[kChunk];
+#pragma unroll
+  for (int c = 0; c < kChunk; ++c) {
+    // No product of four overflows; below -20 the sigmoid is less than 2**-28.
+    a[c] = 1.0f + exp2_approximate(larger(x[c], -20.0f) * -kLog2);
+  }
+  const float low = a[0] * a[1];
+  const float high = a[2] * a[3];
+  const float inverse = reciprocal_approximate(low * high);
+  const float inverse_low = inverse * high;
+  const float inverse_high = inverse * low;
+  x[0] = add_keys(inverse_low * a[1], bias[0]);
+  x[1] = add_keys(inverse_low * a[0], bias[1]);
+  x[2] = add_keys(inverse_high * a[3], bias[2]);
+  x[3] = add_keys(inverse_high * a[2], bias[3]);
+}
+
+// kAtOnce chunks a time, whose bias is loaded before the first is used.
+template <typename S, int kAtOnce, typename T>
+__device__ __forceinline__ void turn_into_sigmoids(const RowValues<T, true>& row,
+                                                   float (&x)[S::kChunks][kChunk], int lane) {
+#pragma unroll
+  for (int first = 0; first < S::kChunks; first += kAtOnce) {
+    float bias[kAtOnce][kChunk];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) load_bias<S>(row, first + j, lane, bias[j]);
+    // This sum is NaN if anything in it is. It may be without, from infinities.
+    float sums[kChunk] = {};
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+#pragma unroll
+      for (int c = 0; c < kChunk; ++c) sums[c] = fmaf(x[first + j][c], bias[j][c], sums[c]);
+    }
+    const float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    if (__any_sync(kAllLanes, !(sum == sum))) {
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+#pragma unroll
+        for (int c = 0; c < kChunk; ++c) {
+          const float logit = x[first + j][c];
+          bias[j][c] = logit == logit ? larger(bias[j][c], -kInfinity) : -kInfinity;
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) add_sigmoids(x[first + j], bias[j]);
+  }
+}
+
+// Turns each logit into score(logit) + bias; NaN becomes -inf.
+template <typename S, typename T, typename ScoreOf>
+__device__ __forceinline__ void turn_into_scores(const RowValues<T, true>& row,
+                                                 float (&x)[S::kChunks][kChunk], int lane,
+                                                 ScoreOf score_of) {
+#pragma unroll
+  for (int j = 0; j < S::kChunks; ++j) {
+    float bias[kChunk];
+    load_bias<S>(row, j, lane, bias);
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) {
+      const float key = larger(add_keys(score_of(x[j][c]), bias[c]), -kInfinity);
+      x[j][c] = x[j][c] == x[j][c] ? key : -kInfinity;
+    }
+  }
+}
+
+// Puts what elements are compared by, whatever the groups, in the place of logits. Returns how far
+// that may be off. One score for all, known in each case, so that the chains of operations of many
+// elements overlap.
+template <typename S, int kAtOnce, typename T>
+__device__ __forceinline__ Tolerance turn_into_keys(const RowValues<T, true>& row,
+                                                    float (&x)[S::kChunks][kChunk], int lane) {
+  if (row.bias == nullptr) {
+#pragma unroll
+    for (int j = 0; j < S::kChunks; ++j) {
+#pragma unroll
+      for (int c = 0; c < kChunk; ++c) x[j][c] = larger(x[j][c], -kInfinity);
+    }
+    return kExact;
+  }
+  switch (row.score) {
+    case Score::kSigmoid:
+      turn_into_sigmoids<S, kAtOnce>(row, x, lane);
+      return kApproximate;
+    case Score::kSoftmax: {
+      const float inverse = 1.0f / row.softmax.total;
+      turn_into_scores<S>(row, x, lane, [&](float logit) {
+        const float difference = smaller(logit, kLargest) - row.softmax.largest;
+        return exp2_approximate(difference * kLog2) * inverse;
+      });
+      return kApproximate;
+    }
+    case Score::kSqrtSoftplus:
+      turn_into_scores<S>(
+          row, x, lane, [](float logit) { return elementwise_score(logit, Score::kSqrtSoftplus); });
+      return kExact;
+    default:
+      // A -inf input stays one: its key, unlike its score, is not 0.
+      turn_into_scores<S>(row, x, lane, [](float score) { return score; });
+      return kExact;
+  }
+}
+
+// Loosens the bound of keys so far off that it bounds exact keys, and so do those of all that reach
+// the result, the limit of what must be listed.
+__device__ __forceinline__ float loosen(Bound& bound, Tolerance tolerance) {
+  const float top = float_from_key(bound.top_key);
+  bound.top_key = key_from_float(fmaf(1.5f, tolerance.of(fabsf(top)), top));
+  const float error = tolerance.of(fabsf(bound.bound));
+  const float listed = fmaf(-2.5f, error, bound.bound);
+  bound.bound = fmaf(-4.0f, error, bound.bound);
+  return listed;
+}
+
+// The words of slots of a list. All are loaded before the first is used, and made with one score
+// that is known.
+template <typename T>
+struct ExactWords {
+  const RowValues<T, true>& row;
+  uint32_t ids;
+
+  // Those of kSlots slots from `first` on, 0 past the count.
+  template <int kSlots>
+  __device__ __forceinline__ void operator()(int first, int count,
+                                             uint32_t (&words)[kSlots]) const {
+    int experts[kSlots];
+    float x[kSlots];
+    float bias[kSlots];
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      experts[i] = first + i < count ? static_cast<int>(load_shared_u16(ids + 2 * (first + i))) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      x[i] = to_float(row.logits[experts[i]]);
+      bias[i] = row.bias == nullptr ? 0.0f : __ldg(row.bias + experts[i]);
+    }
+    const auto finish = [&](auto key_of) {
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) {
+        // A key that does not count is -inf or NaN, without a branch around its score.
+        const bool counts = x[i] == x[i] && row.kept.holds(experts[i]);
+        const float key = key_of(x[i], counts ? bias[i] : -kInfinity);
+        words[i] = first + i < count ? unsigned_key(key_from_float(key)) : 0;
+      }
+    };
+    if (row.bias == nullptr)
+      return finish([](float logit, float b) { return b < 0.0f ? b : logit; });
+    switch (row.score) {
+      case Score::kSoftmax:
+        return finish([&](float logit, float b) {
+          return add_keys(score_of(logit, Score::kSoftmax, row.softmax), b);
+        });
+      case Score::kSigmoid:
+        return finish([](float logit, float b) {
+          return add_keys(elementwise_score(logit, Score::kSigmoid), b);
+        });
+      case Score::kSqrtSoftplus:
+        return finish([](float logit, float b) {
+          return add_keys(elementwise_score(logit, Score::kSqrtSoftplus), b);
+        });
+      default:
+        return finish([](float score, float b) { return add_keys(score, b); });
+    }
+  }
+};
+
+}  // namespace jax_router
+
+#endif  // JAX_ROUTER_CUDA_REGISTERS_KEYS_CUH_
