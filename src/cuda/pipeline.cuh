@@ -65,6 +65,28 @@ __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) 
 #endif
 }
 
+__device__ __forceinline__ void fence_cluster() {
+  asm volatile("fence.acq_rel.cluster;" ::: "memory");
+}
+
+// The same, and sees what other blocks of the cluster wrote before they arrived.
+__device__ __forceinline__ void wait_barrier_of_cluster(uint32_t barrier, uint32_t parity) {
+  wait_barrier(barrier, parity);
+  fence_cluster();
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
+  asm volatile("st.shared::cta.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared::cta.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_in_cluster(uint32_t address, uint32_t value) {
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
 // A barrier of `threads` threads of the block; 0 is that of __syncthreads.
 template <int kBarrier, int kThreads>
 __device__ __forceinline__ void sync_threads() {
@@ -95,30 +117,49 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-__device__ __forceinline__ uint64_t evict_last_policy() {
+__device__ __forceinline__ uint64_t evict_normal_policy() {
   uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-
 // Starts a copy of the box of a map at (column, row) to the same address in all blocks of the mask,
-// or in this one, each of whose barriers at the same address counts its bytes.
+// or in this one, each of whose barriers at the same address counts its bytes. The second has a
+// policy for the cache.
+template <bool kMulticast>
+__device__ __forceinline__ void load_box(uint32_t shared, const CUtensorMap* map, int column,
+                                         int row, uint32_t barrier, uint32_t blocks) {
+  const uint64_t address = reinterpret_cast<uint64_t>(map);
+  if constexpr (kMulticast) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
+        "l"(address), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<uint16_t>(blocks))
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared),
+        "l"(address), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+  }
+}
 template <bool kMulticast>
 __device__ __forceinline__ void load_box(uint32_t shared, const CUtensorMap* map, int column,
                                          int row, uint32_t barrier, uint32_t blocks,
                                          uint64_t policy) {
+  const uint64_t address = reinterpret_cast<uint64_t>(map);
   if constexpr (kMulticast) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
         ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(shared),
-        "l"(reinterpret_cast<uint64_t>(map)), "r"(column), "r"(row), "r"(barrier),
-        "h"(static_cast<uint16_t>(blocks)), "l"(policy)
+        "l"(address), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<uint16_t>(blocks)),
+        "l"(policy)
         : "memory");
   } else {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
         ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
-        "l"(reinterpret_cast<uint64_t>(map)), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+        "l"(address), "r"(column), "r"(row), "r"(barrier), "l"(policy)
         : "memory");
   }
 }

@@ -14,13 +14,18 @@
 namespace jax_router {
 
 // Describes a matrix in shared memory as the bulk copies leave it: rows of 128 bytes, swizzled in
-// groups of 8 rows, which lie 1024 bytes apart. The address is a multiple of 1024; for a part of
-// the matrix, its offset is added in units of 16 bytes.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62;
-  constexpr uint64_t kGroup = 1024 >> 4;
-  // The stride between columns of groups is not used: no matrix here is wider than 128 bytes.
-  return kSwizzle128 | kGroup << 32 | 1ull << 16 | (address >> 4 & 0x3fff);
+// groups of 8 rows, which lie 1024 bytes apart. This is the lower half, that has the address, a
+// multiple of 1024; for a part of the matrix, its offset is added in units of 16 bytes. The stride
+// between columns of groups is not used: no matrix here is wider than 128 bytes.
+__device__ __forceinline__ uint32_t matrix_at(uint32_t address) {
+  return 1u << 16 | (address >> 4 & 0x3fff);
+}
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t at) {
+  constexpr uint32_t kSwizzle128 = 1u << 30;
+  constexpr uint32_t kGroup = 1024 >> 4;
+  uint64_t descriptor;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(at), "n"(kSwizzle128 | kGroup));
+  return descriptor;
 }
 
 __device__ __forceinline__ void wgmma_fence() {
