@@ -164,6 +164,20 @@ def test_unselected_experts_add_nothing(dtype):
     check_same_bits(np.asarray(compiled()(poisoned, others, alpha, h_scale)), first)
 
 
+def test_scales_of_selected_experts_that_are_not_finite():
+  """They reach the tokens that have chosen the expert, and no others of their tile."""
+  h, packed, alpha, h_scale = make_case(150, 9, 128, 264, 2, FLOAT8)
+  first = check((h, packed, alpha, h_scale))
+  chosen = alpha[:, 4] != 0
+  assert chosen.any() and not chosen.all()
+  scale = packed.scale.copy()
+  for special in (np.inf, np.nan):
+    scale[:, 4] = special
+    got = np.asarray(compiled()(h, PackedW2(packed.q, scale), alpha, h_scale))
+    check_same_bits(got[~chosen], first[~chosen])
+    assert not np.isfinite(got[chosen]).any()
+
+
 @TYPES
 def test_skipping_changes_no_bit(dtype):
   """A token that has chosen all experts makes the kernel read them all."""
