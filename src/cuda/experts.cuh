@@ -26,20 +26,30 @@ namespace jax_router {
 
 // ---- the warps that multiply ----
 
+template <bool kMasked>
+__device__ __forceinline__ float product(float multiplier, float w_scale) {
+  const float x = multiplier * w_scale;
+  if (!kMasked) return x;
+  if (multiplier == 0.0f) return 0.0f;
+  return x == 0.0f ? 1e-45f : x;
+}
+
 // The multipliers of a thread, of its tokens from token 16 * kFirst on. Those of 16 tokens lie in
 // an order that gives a thread four neighbours, see prepare_kernel.
 template <int kFirst, int kGroups>
 struct Multipliers {
   float x[4 * kGroups];
 
+  // With `kMasked` a product is 0 where the multiplier is, and only there.
+  template <bool kMasked>
   __device__ __forceinline__ void load(const float4* row, float w_scale) {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       const float4 four = row[4 * (kFirst + i)];
-      x[4 * i] = four.x * w_scale;
-      x[4 * i + 1] = four.y * w_scale;
-      x[4 * i + 2] = four.z * w_scale;
-      x[4 * i + 3] = four.w * w_scale;
+      x[4 * i] = product<kMasked>(four.x, w_scale);
+      x[4 * i + 1] = product<kMasked>(four.y, w_scale);
+      x[4 * i + 2] = product<kMasked>(four.z, w_scale);
+      x[4 * i + 3] = product<kMasked>(four.w, w_scale);
     }
   }
   // Adds the sums of a block of depth, times the multipliers of their tokens. With `kMasked` a
@@ -61,7 +71,7 @@ __device__ __forceinline__ void add_rest(const float4* row, float w_scale,
                                          const float (&sums)[kSize], float (&totals)[kSize]) {
   if constexpr (8 * kFirst < kSize) {
     Multipliers<kFirst, 1> some;
-    some.load(row, w_scale);
+    some.template load<kMasked>(row, w_scale);
     some.template add<kMasked>(sums, totals);
     add_rest<kMasked, kFirst + 1>(row, w_scale, sums, totals);
   }
@@ -165,7 +175,11 @@ __device__ __forceinline__ void multiply_pieces(const ExpertsWork& work, uint8_t
         row_index = row_index + 1 == Shape::kRows ? 0 : row_index + 1;
         const float scale = kFloat8 ? load_constant(scale_at++) : 1.0f;
         Multipliers<0, kEarly> early;
-        early.load(row, scale);
+        if (masked) {
+          early.template load<true>(row, scale);
+        } else {
+          early.template load<false>(row, scale);
+        }
         hold(early.x);
         wgmma_wait<0>();
         hold(sums);
@@ -221,13 +235,13 @@ __global__ void __launch_bounds__(kExpertsThreads, 1)
   __syncthreads();
   sync_cluster();
   if (warp_index() < kLoadThreads / 32) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kLoadRegisters));
     if (threadIdx.x == 0) {
       load_pieces<kType, kTokens>(&weights_map, &tokens_map, work, base, cluster, rank);
     }
     __syncwarp();
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMathRegisters));
     multiply_pieces<kType, kTokens>(work, memory, cluster, rank);
   }
   // No block may end while others still send to it.

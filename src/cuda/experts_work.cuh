@@ -38,6 +38,13 @@ struct ExpertsWork {
 inline constexpr int kLoadThreads = 128;
 inline constexpr int kMathThreads = 256;
 inline constexpr int kExpertsThreads = kLoadThreads + kMathThreads;
+// Registers of a thread. Those that warps give up must be enough for those that take more, or these
+// wait for ever.
+inline constexpr int kLoadRegisters = 56;
+inline constexpr int kMathRegisters = 224;
+inline constexpr int kLaunchRegisters = 65536 / kExpertsThreads / 8 * 8;
+static_assert(kLoadRegisters * kLoadThreads + kMathRegisters * kMathThreads <=
+              kLaunchRegisters * kExpertsThreads);
 inline constexpr int kExpertsShared = 227 * 1024;
 
 // Shared memory of a block. Multipliers have a ring of their own with one row more than there are
