@@ -64,9 +64,11 @@ def make_w2(sizes: tuple[int, ...], dtype: str) -> jax.Array:
 # ---- what is timed ----
 
 
-def ours(h: jax.Array, w2: jax.Array, alpha: jax.Array) -> jax.Array:
+def ours(
+  h: jax.Array, w2: jax.Array, alpha: jax.Array, *, implementation: str | None = None
+) -> jax.Array:
   """Weights on float32 sums, or folded into h where there is no kernel."""
-  return jax_router.dense_moe_fc2(h, w2, alpha)
+  return jax_router.dense_moe_fc2(h, w2, alpha, implementation=implementation)
 
 
 def matmul(h: jax.Array, w2: jax.Array) -> jax.Array:

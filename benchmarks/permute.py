@@ -111,7 +111,8 @@ def run_cpu(output: pathlib.Path | None, samples: int) -> timing.Report:
       arguments = case.arguments()
       for name, size in case.bytes(case.tokens * case.k).items():
         pair = [jax.jit(f[name]) for f in (permute_cases.OURS, permute_cases.IN_JAX)]
-        permute_cases.check(*(f(arguments) for f in pair), case.k)
+        got, want = (f(arguments) for f in pair)
+        permute_cases.check(got, want, case.k)
         ours, beside = timing.compared_ms(pair, arguments, samples=samples)
         report.line(
           f"{case} {name:18}{ours:9.3f}{size / ours / 1e6:7.1f}{beside:10.2f}{beside / ours:6.1f}x"

@@ -33,6 +33,8 @@ _DEPTH_MULTIPLE = 64
 _WIDTH_MULTIPLE = 8
 _MOST_EXPERTS = 65536
 _MOST = 2**31 - 1
+# Beyond so many tokens a matmul by cuBLAS is the faster one, in 16 bits (benchmarks/experts.py).
+_MOST_FASTER = 320
 CUDA_LIMITS = (
   f"{', '.join(_CUDA_DTYPES)}, at most {_MOST_EXPERTS} experts, I in multiples of "
   f"{_DEPTH_MULTIPLE}, H in multiples of {_WIDTH_MULTIPLE}, and fewer than 2**31 of tokens, of H "
@@ -81,6 +83,11 @@ def _runs_on(platform: str, avals: Sequence[Any], *, sizes, **_: Any) -> bool:
   shapes = tuple(tuple(aval.shape) for aval in avals)
   batch, hidden = sizes(shapes)
   return fits_cuda(avals[0].dtype, *_split_h(shapes[0], batch), hidden) and why_not_cuda() is None
+
+
+def _pays(platform: str, avals: Sequence[Any], **_: Any) -> bool:
+  h, w2 = (aval.shape for aval in avals[:2])
+  return platform != "cuda" or math.prod(h[len(w2) - 3 : -2]) <= _MOST_FASTER
 
 
 def _scratch(platform: str, avals: Sequence[Any], *, sizes, **_: Any) -> list[Result]:
@@ -153,6 +160,7 @@ _bind_wide = make_primitive(
     reference=_wide_reference,
     tangents=reference_tangents(_wide_reference),
     runs_on=functools.partial(_runs_on, sizes=_wide_sizes),
+    pays=_pays,
     whole_operands=True,
     batch=_wide_batch,
     scratch=functools.partial(_scratch, sizes=_wide_sizes),

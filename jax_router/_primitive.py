@@ -46,6 +46,8 @@ class Operation(NamedTuple):
       for a result without one. Called only if an operand has a tangent; absent ones are None.
     runs_on: (platform, operand avals, **params) -> whether this platform's kernel takes the call;
       where it does not, and no platform was asked for, the reference is lowered instead.
+    pays: (platform, operand avals, **params) -> whether this platform's kernel is the faster one;
+      where it is not, and no platform was asked for, the reference is lowered instead.
     whole_tokens: whether each batch row must lie on one device. Then a call without batch
       dimensions cannot be compiled where the compiler might have split its operands.
     composed: whether the reference is made of other primitives. Then it takes the keyword
@@ -65,6 +67,7 @@ class Operation(NamedTuple):
   reference: Callable[..., Sequence[jax.Array]]
   tangents: Callable[..., Sequence[jax.Array | None]]
   runs_on: Callable[..., bool] = lambda platform, avals, **params: True
+  pays: Callable[..., bool] = lambda platform, avals, **params: True
   whole_tokens: bool = False
   composed: bool = False
   whole_operands: bool = False
@@ -223,6 +226,8 @@ def _lower(
 ):
   wanted = params.pop("implementation")
   runs = wanted in (None, platform) and operation.runs_on(platform, ctx.avals_in, **params)
+  if wanted is None:
+    runs = runs and operation.pays(platform, ctx.avals_in, **params)
   if runs and operation.whole_operands and _compat.hidden_shards(ctx) > 1:
     if wanted is not None:
       raise ValueError(

@@ -163,9 +163,11 @@ def layer_in_numpy(x, w13, w2, experts, weights):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 def test_layer(implementation, rng, dtype):
+  if implementation == "cuda" and dtype == np.float32:
+    pytest.skip("the CUDA kernel takes 16 bits")
   x = make_rows(rng, 30, 24, dtype=dtype)
-  w13 = (make_rows(rng, 6, 32, 24) / 5).astype(dtype)
-  w2 = (make_rows(rng, 6, 16, 20) / 4).astype(dtype)
+  w13 = (make_rows(rng, 6, 128, 24) / 5).astype(dtype)
+  w2 = (make_rows(rng, 6, 64, 24) / 8).astype(dtype)
   routing = route(make_rows(rng, 30, 6), 2, where=rng.random(30) < 0.8)
   got = jax.jit(functools.partial(dense_moe, implementation=implementation))(x, w13, w2, routing)
   assert got.dtype == dtype
@@ -176,6 +178,8 @@ def test_layer(implementation, rng, dtype):
 
 
 def test_layer_has_the_gradients_of_a_sum_over_the_chosen_experts(implementation, rng):
+  if implementation == "cuda":
+    pytest.skip("the CUDA kernel takes 16 bits, and the gradient is in plain JAX")
   x, w13, w2 = make_rows(rng, 12, 8), make_rows(rng, 5, 12, 8) / 3, make_rows(rng, 5, 6, 10)
   routing = route(make_rows(rng, 12, 5), 2)
 
