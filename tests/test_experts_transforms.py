@@ -259,6 +259,17 @@ def test_cuda_lowering_follows_the_sizes(cuda_kernel):
   assert "@jax_router" not in lowered(dense_moe_fc2, *operands, platform="cuda")
 
 
+def test_many_tokens_take_cublas(cuda_kernel, monkeypatch):
+  """In 16 bits, unless the kernel is asked for; in float8 it is always faster than plain JAX."""
+  monkeypatch.setattr(_native, "check_implementation", lambda name: None)
+  asked = functools.partial(dense_moe_fc2, implementation="cuda")
+  for tokens in (320, 321):
+    operands = make_operands(tokens, 2, 64, 8, 1, np.dtype(jnp.bfloat16))
+    text = lowered(dense_moe_fc2, *operands, platform="cuda")
+    assert ("@jax_router_experts(" in text) == (tokens == 320)
+    assert "@jax_router_experts(" in lowered(asked, *operands, platform="cuda")
+
+
 def test_cuda_lowering_follows_the_devices(monkeypatch):
   """Without GPUs that run the kernel, what is compiled for CUDA is plain JAX."""
   monkeypatch.setattr(_experts_primitive, "why_not_cuda", lambda: "it is not there")
