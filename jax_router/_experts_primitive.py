@@ -134,6 +134,30 @@ def _batch_tokens(bind, operands, axes, *, shared: Sequence[int], at: int, **par
   return bind(*rows, **params), [at]
 
 
+def _make_bind(name: str, sizes, reference, *, shared: Sequence[int], **more: Any):
+  """The primitive of these dtypes; `sizes`: of shapes, the batch dimensions and H."""
+
+  def batch(bind, operands, axes, **params: Any):
+    at, _ = sizes([x.shape for x in operands])
+    return _batch_tokens(bind, operands, axes, shared=shared, at=at, **params)
+
+  return make_primitive(
+    Operation(
+      name=name,
+      batch_ndim=lambda shapes, **_: sizes(shapes)[0],
+      results=functools.partial(_results, sizes=sizes),
+      attributes=lambda **_: {},
+      reference=reference,
+      tangents=reference_tangents(reference),
+      runs_on=functools.partial(_runs_on, sizes=sizes),
+      whole_operands=True,
+      batch=batch,
+      scratch=functools.partial(_scratch, sizes=sizes),
+      **more,
+    )
+  )
+
+
 # ---- wide dtypes ----
 
 
@@ -147,25 +171,7 @@ def _wide_reference(h, w2, alpha, *, out_dtype):
   return [_vmapped(function, w2.ndim - 3)(h, w2, alpha)]
 
 
-def _wide_batch(bind, operands, axes, **params: Any):
-  return _batch_tokens(bind, operands, axes, shared=(1,), at=operands[1].ndim - 3, **params)
-
-
-_bind_wide = make_primitive(
-  Operation(
-    name="experts",
-    batch_ndim=lambda shapes, **_: _wide_sizes(shapes)[0],
-    results=functools.partial(_results, sizes=_wide_sizes),
-    attributes=lambda **_: {},
-    reference=_wide_reference,
-    tangents=reference_tangents(_wide_reference),
-    runs_on=functools.partial(_runs_on, sizes=_wide_sizes),
-    pays=_pays,
-    whole_operands=True,
-    batch=_wide_batch,
-    scratch=functools.partial(_scratch, sizes=_wide_sizes),
-  )
-)
+_bind_wide = _make_bind("experts", _wide_sizes, _wide_reference, shared=(1,), pays=_pays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -203,24 +209,7 @@ def _float8_reference(h, w2, alpha, h_scale, w2_scale, *, out_dtype):
   return [_vmapped(function, w2.ndim - 2)(h, w2, alpha, h_scale, w2_scale)]
 
 
-def _float8_batch(bind, operands, axes, **params: Any):
-  return _batch_tokens(bind, operands, axes, shared=(1, 4), at=operands[1].ndim - 2, **params)
-
-
-_bind_float8 = make_primitive(
-  Operation(
-    name="experts_float8",
-    batch_ndim=lambda shapes, **_: _float8_sizes(shapes)[0],
-    results=functools.partial(_results, sizes=_float8_sizes),
-    attributes=lambda **_: {},
-    reference=_float8_reference,
-    tangents=reference_tangents(_float8_reference),
-    runs_on=functools.partial(_runs_on, sizes=_float8_sizes),
-    whole_operands=True,
-    batch=_float8_batch,
-    scratch=functools.partial(_scratch, sizes=_float8_sizes),
-  )
-)
+_bind_float8 = _make_bind("experts_float8", _float8_sizes, _float8_reference, shared=(1, 4))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
