@@ -270,14 +270,20 @@ __device__ __forceinline__ TokenContext context_of(int64_t token, bool real,
           counts};
 }
 
-// The word of a list slot, for ranking.
+// The words of slots of a list, 0 past the count.
 template <typename T>
-struct WordAt {
+struct LogitWords {
   const RowValues<T, false>& row;
   uint32_t ids;
 
-  __device__ __forceinline__ uint32_t operator()(int slot) const {
-    return Words<T, false>::word(row, static_cast<int>(load_shared_u16(ids + 2 * slot)));
+  template <int kSlots>
+  __device__ __forceinline__ void operator()(int first, int count,
+                                             uint32_t (&words)[kSlots]) const {
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      const int slot = first + i;
+      words[i] = slot < count ? Words<T, false>::word(row, load_shared_u16(ids + 2 * slot)) : 0;
+    }
   }
 };
 
@@ -286,7 +292,7 @@ __device__ __forceinline__ auto words_of(const RowValues<T, kBiased>& row, uint3
   if constexpr (kBiased) {
     return ExactWords<T>{row, ids};
   } else {
-    return WordAt<T>{row, ids};
+    return LogitWords<T>{row, ids};
   }
 }
 
@@ -296,12 +302,16 @@ __device__ __forceinline__ void rank_group(const RouteForward& call, const Route
                                            const TokenContext& context,
                                            const RowValues<T, kBiased>& row, RankScratch& scratch,
                                            int group, int lane) {
-  const auto word_at = words_of(row, context.ids);
+  constexpr bool kUnique = Words<T, kBiased>::kUnique;
+  const int k = static_cast<int>(options.k);
+  const auto words = words_of(row, context.ids);
   if (__any_sync(kAllLanes, context.count > 16)) {
-    rank_and_write<kExtra, 8, 4>(call, options, context, row, scratch, word_at, group, lane);
+    rank_survivors<8, 4, kUnique>(context, k, scratch, words, group, lane);
   } else {
-    rank_and_write<kExtra, 8, 2>(call, options, context, row, scratch, word_at, group, lane);
+    rank_survivors<8, 2, kUnique>(context, k, scratch, words, group, lane);
   }
+  __syncwarp();
+  write_sorted<kExtra, 8, 1>(call, options, context, row, scratch.sorted + 8 * group, lane);
 }
 
 }  // namespace jax_router

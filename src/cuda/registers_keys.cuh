@@ -158,17 +158,32 @@ __device__ __forceinline__ float loosen(Bound& bound, Tolerance tolerance) {
   return listed;
 }
 
-// The words of slots of a list. All are loaded before the first is used, and made with one score
-// that is known.
+// The word of one expert. Not inlined: what it takes for every score is long.
+template <typename T>
+__device__ __noinline__ uint32_t exact_word(const RowValues<T, true> row, int e) {
+  return Words<T, true>::word(row, e);
+}
+
+// The words of slots of a list, 0 past the count.
 template <typename T>
 struct ExactWords {
   const RowValues<T, true>& row;
   uint32_t ids;
 
-  // Those of kSlots slots from `first` on, 0 past the count.
   template <int kSlots>
   __device__ __forceinline__ void operator()(int first, int count,
                                              uint32_t (&words)[kSlots]) const {
+    if (row.bias != nullptr && row.score == Score::kSigmoid) return sigmoids(first, count, words);
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      const int slot = first + i;
+      words[i] = slot < count ? exact_word(row, load_shared_u16(ids + 2 * slot)) : 0;
+    }
+  }
+
+  // All are loaded before the first is used, and made without a branch.
+  template <int kSlots>
+  __device__ __forceinline__ void sigmoids(int first, int count, uint32_t (&words)[kSlots]) const {
     int experts[kSlots];
     float x[kSlots];
     float bias[kSlots];
@@ -179,34 +194,15 @@ struct ExactWords {
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
       x[i] = to_float(row.logits[experts[i]]);
-      bias[i] = row.bias == nullptr ? 0.0f : __ldg(row.bias + experts[i]);
+      bias[i] = __ldg(row.bias + experts[i]);
     }
-    const auto finish = [&](auto key_of) {
 #pragma unroll
-      for (int i = 0; i < kSlots; ++i) {
-        // A key that does not count is -inf or NaN, without a branch around its score.
-        const bool counts = x[i] == x[i] && row.kept.holds(experts[i]);
-        const float key = key_of(x[i], counts ? bias[i] : -kInfinity);
-        words[i] = first + i < count ? unsigned_key(key_from_float(key)) : 0;
-      }
-    };
-    if (row.bias == nullptr)
-      return finish([](float logit, float b) { return b < 0.0f ? b : logit; });
-    switch (row.score) {
-      case Score::kSoftmax:
-        return finish([&](float logit, float b) {
-          return add_keys(score_of(logit, Score::kSoftmax, row.softmax), b);
-        });
-      case Score::kSigmoid:
-        return finish([](float logit, float b) {
-          return add_keys(elementwise_score(logit, Score::kSigmoid), b);
-        });
-      case Score::kSqrtSoftplus:
-        return finish([](float logit, float b) {
-          return add_keys(elementwise_score(logit, Score::kSqrtSoftplus), b);
-        });
-      default:
-        return finish([](float score, float b) { return add_keys(score, b); });
+    for (int i = 0; i < kSlots; ++i) {
+      // A key that does not count is -inf or NaN.
+      const bool counts = x[i] == x[i] && row.kept.holds(experts[i]);
+      const float score = elementwise_score(x[i], Score::kSigmoid);
+      const float key = add_keys(score, counts ? bias[i] : -kInfinity);
+      words[i] = first + i < count ? unsigned_key(key_from_float(key)) : 0;
     }
   }
 };

@@ -26,6 +26,18 @@ struct SharedScratch {
   CopyBarrier filled;
 };
 
+// The words of slots of a list, 0 past the count.
+struct ListedWords {
+  const uint32_t* listed;
+
+  template <int kSlots>
+  __device__ __forceinline__ void operator()(int first, int count,
+                                             uint32_t (&words)[kSlots]) const {
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) words[i] = first + i < count ? listed[first + i] : 0;
+  }
+};
+
 // Sizes of a warp's shared memory: its row, its scratch and its row of a bitmap, in this order.
 struct SharedLayout {
   int columns;
@@ -140,8 +152,8 @@ __device__ __forceinline__ void route_in_turn(const RouteForward& call, const Ro
                                ids,
                                bits,
                                counts};
-    const auto word_at = [&](int slot) { return scratch.list_words[slot]; };
-    finish_token<kExtra>(call, options, context, values, scratch.ranks, word_at, lane);
+    const ListedWords words{scratch.list_words};
+    finish_token<kExtra>(call, options, context, values, scratch.ranks, words, lane);
     __syncwarp();
     if (kDense && layout.bitmap_words > 0) {
       write_bitmap(call, token, 1, bits, layout.bitmap_words, lane);

@@ -51,6 +51,8 @@ struct KeptGroups {
 // where there is one, and -inf in groups that do not stay.
 template <typename T, bool kBiased>
 struct RowValues {
+  static constexpr bool kLong = kBiased;  // a score is long: not to be unrolled
+
   const T* logits;  // in global or shared memory
   const float* bias;
   int experts;

@@ -62,7 +62,7 @@ __device__ __forceinline__ void count_at_least(const Row& row, const float (&lim
                                                int (&reached)[kLimits], int lane) {
 #pragma unroll
   for (int i = 0; i < kLimits; ++i) reached[i] = 0;
-#pragma unroll 2
+#pragma unroll(Row::kLong ? 1 : 2)
   for (int e = lane * kChunk; e < row.experts; e += kWarpSize * kChunk) {
     float x[kChunk];
     row.values(e, x);
@@ -94,7 +94,7 @@ __device__ __forceinline__ void append_at_least(const Row& row, float limit,
                                                 Survivors<kWarpSize, kSize>& survivors) {
   for (int first = 0; first < row.experts; first += kMaskChunks * kChunk * kWarpSize) {
     uint32_t mask = 0;
-#pragma unroll
+#pragma unroll(Row::kLong ? 1 : kMaskChunks)
     for (int j = 0; j < kMaskChunks; ++j) {
       float x[kChunk];
       row.values(first + (j * kWarpSize + survivors.lane) * kChunk, x);

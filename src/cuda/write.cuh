@@ -136,7 +136,7 @@ __device__ __forceinline__ void write_slots(const RouteForward& call, const Rout
 // Shared memory of a warp for ranking: keys as they are listed, then keys and indices by rank.
 struct alignas(16) RankScratch {
   uint32_t words[128];
-  uint2 sorted[kWarpSize];
+  uint2 sorted[2 * kWarpSize];
 };
 
 // The logit of a chosen expert from what it was compared by.
@@ -146,32 +146,37 @@ __device__ __forceinline__ float chosen_logit(const RowValues<T, kBiased>& row, 
   return kBiased ? larger(to_float(row.logits[expert]), -kInfinity) : value;
 }
 
-// The words of kSlots slots of a list, 0 past the count. With a bias they are made together.
-template <bool kBiased, int kSlots, typename WordAt>
-__device__ __forceinline__ void list_words(const WordAt& word_at, int first, int count,
-                                           uint32_t (&words)[kSlots]) {
-  if constexpr (kBiased) {
-    word_at(first, count, words);
-  } else {
+// Writes what a group of lanes finds sorted, up to kLanes * kSlots of it.
+template <Extra kExtra, int kLanes, int kSlots, typename T, bool kBiased>
+__device__ __forceinline__ void write_sorted(const RouteForward& call, const RouteOptions& options,
+                                             const TokenContext& context,
+                                             const RowValues<T, kBiased>& row, const uint2* sorted,
+                                             int lane) {
+  int experts[kSlots];
+  float values[kSlots];
+  float logits[kSlots];
 #pragma unroll
-    for (int i = 0; i < kSlots; ++i) words[i] = first + i < count ? word_at(first + i) : 0;
+  for (int i = 0; i < kSlots; ++i) {
+    const int slot = lane * kSlots + i;
+    const uint2 mine = slot < options.k ? sorted[slot] : make_uint2(0, 0);
+    experts[i] = static_cast<int>(mine.y);
+    values[i] = Words<T, kBiased>::value(mine.x);
+    logits[i] = chosen_logit(row, experts[i], values[i]);
   }
+  write_slots<T, kBiased, kExtra, kLanes>(call, options, context, experts, values, logits, lane);
 }
 
-// Sorts the survivors of a token by ranking, up to kLanes * kSlots of them, and writes its results;
-// k <= kLanes. `word_at` gives the word of a list slot, `group` is the token's number in the warp.
-template <Extra kExtra, int kLanes, int kSlots, typename T, bool kBiased, typename WordAt>
-__device__ __forceinline__ void rank_and_write(
-    const RouteForward& call, const RouteOptions& options, const TokenContext& context,
-    const RowValues<T, kBiased>& row, RankScratch& scratch, WordAt word_at, int group, int lane) {
-  using Order = Words<T, kBiased>;
+// Sorts the survivors of a token by ranking, up to kLanes * kSlots of them. `words_of` makes the
+// words of slots of the list, `group` is the token's number in the warp.
+template <int kLanes, int kSlots, bool kUnique, typename WordsOf>
+__device__ __forceinline__ void rank_survivors(const TokenContext& context, int k,
+                                               RankScratch& scratch, WordsOf words_of, int group,
+                                               int lane) {
   uint32_t words[kSlots];
-  list_words<kBiased>(word_at, lane * kSlots, context.count, words);
+  words_of(lane * kSlots, context.count, words);
   int ranks[kSlots];
   const uint32_t shared = shared_address(scratch.words + group * kLanes * kSlots);
-  rank_words<kLanes, kSlots, Order::kUnique>(words, context.count, shared, context.ids, lane,
-                                             ranks);
-  const int k = static_cast<int>(options.k);
+  rank_words<kLanes, kSlots, kUnique>(words, context.count, shared, context.ids, lane, ranks);
   uint2* sorted = scratch.sorted + group * kLanes;
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) {
@@ -179,51 +184,45 @@ __device__ __forceinline__ void rank_and_write(
     if (slot >= context.count || ranks[i] >= k) continue;
     sorted[ranks[i]] = {words[i], load_shared_u16(context.ids + 2 * slot)};
   }
-  __syncwarp();
-  const uint2 mine = lane < k ? sorted[lane] : make_uint2(0, 0);
-  const int experts[1] = {static_cast<int>(mine.y)};
-  const float values[1] = {Order::value(mine.x)};
-  const float logits[1] = {chosen_logit(row, experts[0], values[0])};
-  write_slots<T, kBiased, kExtra, kLanes>(call, options, context, experts, values, logits, lane);
 }
 
 // The same for more survivors, by a sorting network; one token a warp.
-template <Extra kExtra, int kSlots, typename T, bool kBiased, typename WordAt>
-__device__ __forceinline__ void sort_and_write(const RouteForward& call,
-                                               const RouteOptions& options,
-                                               const TokenContext& context,
-                                               const RowValues<T, kBiased>& row, WordAt word_at,
-                                               int lane) {
-  using Order = Words<T, kBiased>;
+template <int kSlots, bool kUnique, typename WordsOf>
+__device__ __forceinline__ void sort_survivors(const TokenContext& context, int k,
+                                               RankScratch& scratch, WordsOf words_of, int lane) {
   uint32_t words[kSlots];
-  list_words<kBiased>(word_at, lane * kSlots, context.count, words);
+  words_of(lane * kSlots, context.count, words);
   Chosen sorted[kSlots];
-  sort_words<kSlots, Order::kUnique>(words, context.count, context.base, context.top, context.ids,
-                                     lane, sorted);
-  int experts[kSlots];
-  float values[kSlots];
-  float logits[kSlots];
+  sort_words<kSlots, kUnique>(words, context.count, context.base, context.top, context.ids, lane,
+                              sorted);
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) {
-    experts[i] = lane * kSlots + i < options.k ? sorted[i].expert : 0;
-    values[i] = Order::value(sorted[i].word);
-    logits[i] = chosen_logit(row, experts[i], values[i]);
+    const int slot = lane * kSlots + i;
+    if (slot >= k) continue;
+    scratch.sorted[slot] = {sorted[i].word, static_cast<uint32_t>(sorted[i].expert)};
   }
-  write_slots<T, kBiased, kExtra, kWarpSize>(call, options, context, experts, values, logits, lane);
 }
 
 // Any number of survivors up to 128, one token a warp.
-template <Extra kExtra, typename T, bool kBiased, typename WordAt>
+template <Extra kExtra, typename T, bool kBiased, typename WordsOf>
 __device__ __forceinline__ void finish_token(const RouteForward& call, const RouteOptions& options,
                                              const TokenContext& context,
                                              const RowValues<T, kBiased>& row, RankScratch& scratch,
-                                             WordAt word_at, int lane) {
+                                             WordsOf words_of, int lane) {
+  constexpr bool kUnique = Words<T, kBiased>::kUnique;
+  const int k = static_cast<int>(options.k);
   if (context.count <= kWarpSize) {
-    rank_and_write<kExtra, kWarpSize, 1>(call, options, context, row, scratch, word_at, 0, lane);
+    rank_survivors<kWarpSize, 1, kUnique>(context, k, scratch, words_of, 0, lane);
   } else if (context.count <= 2 * kWarpSize) {
-    sort_and_write<kExtra, 2>(call, options, context, row, word_at, lane);
+    sort_survivors<2, kUnique>(context, k, scratch, words_of, lane);
   } else {
-    sort_and_write<kExtra, 4>(call, options, context, row, word_at, lane);
+    sort_survivors<4, kUnique>(context, k, scratch, words_of, lane);
+  }
+  __syncwarp();
+  if (k <= kWarpSize) {
+    write_sorted<kExtra, kWarpSize, 1>(call, options, context, row, scratch.sorted, lane);
+  } else {
+    write_sorted<kExtra, kWarpSize, 2>(call, options, context, row, scratch.sorted, lane);
   }
 }
 
