@@ -194,9 +194,10 @@ JAX_ROUTER_FN float exp_nonpositive(float x) {
   p = multiply_add(p, r, 0.5f);
   p = multiply_add(p, r, 1.0f);
   p = multiply_add(p, r, 1.0f);
-  const int32_t exponent = static_cast<int32_t>(n) + 127;
-  const float power = bits_float(static_cast<int32_t>(static_cast<uint32_t>(exponent) << 23));
-  return x >= -87.0f ? multiply(p, power) : 0.0f;
+  // The lowest bits of `shifted` are n. Power 0 gives 0, without a branch around the polynomial.
+  const uint32_t exponent = (static_cast<uint32_t>(float_bits(shifted)) << 23) + (127u << 23);
+  const float power = bits_float(static_cast<int32_t>(x >= -87.0f ? exponent : 0u));
+  return multiply(p, power);
 }
 
 // exp(x - largest), +inf counting as the largest float.

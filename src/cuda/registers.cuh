@@ -48,37 +48,6 @@ struct RegisterRow {
   }
 };
 
-// Sum of the softmax terms of a row in the order that the CPU has, too, since keys can depend on
-// it: 128 partial sums, element i to sum i mod 128, then pairwise at distance 64, 32 ... 1.
-template <typename S>
-__device__ __forceinline__ Softmax softmax_of(const float (&x)[S::kChunks][kChunk], float top) {
-  constexpr int kParts = kWarpSize / S::kLanes;
-  const float largest = larger(smaller(top, kLargest), -kLargest);
-  float sums[kParts][kChunk] = {};
-#pragma unroll
-  for (int j = 0; j < S::kChunks; ++j) {
-#pragma unroll
-    for (int c = 0; c < kChunk; ++c) {
-      float& sum = sums[j % kParts][c];
-      sum = add(sum, softmax_term(larger(x[j][c], -kInfinity), largest));
-    }
-  }
-#pragma unroll
-  for (int c = 0; c < kChunk; ++c) {
-#pragma unroll
-    for (int distance = kParts / 2; distance > 0; distance /= 2) {
-#pragma unroll
-      for (int j = 0; j < distance; ++j) sums[j][c] = add(sums[j][c], sums[j + distance][c]);
-    }
-#pragma unroll
-    for (int distance = S::kLanes / 2; distance > 0; distance /= 2) {
-      sums[0][c] = add(sums[0][c], __shfl_xor_sync(kAllLanes, sums[0][c], distance));
-    }
-  }
-  const float total = add(add(sums[0][0], sums[0][2]), add(sums[0][1], sums[0][3]));
-  return {largest, total > 0.0f ? total : 1.0f};
-}
-
 // The largest element of each class.
 template <typename S>
 __device__ __forceinline__ void classify(const float (&x)[S::kChunks][kChunk],
@@ -102,21 +71,6 @@ __device__ __forceinline__ Bound bound_of(float (&classes)[S::kClasses], int k,
   } else {
     return kth_of_classes(classes, k, maxima, lane);
   }
-}
-
-template <typename S>
-__device__ __forceinline__ float top_of(const float (&x)[S::kChunks][kChunk]) {
-  float top = -kInfinity;
-#pragma unroll
-  for (int j = 0; j < S::kChunks; ++j) {
-#pragma unroll
-    for (int c = 0; c < kChunk; ++c) top = larger(top, x[j][c]);
-  }
-#pragma unroll
-  for (int distance = S::kLanes / 2; distance > 0; distance /= 2) {
-    top = larger(top, __shfl_xor_sync(kAllLanes, top, distance));
-  }
-  return top;
 }
 
 template <typename S>
@@ -199,14 +153,26 @@ __device__ __forceinline__ Candidates list_candidates(
     uint32_t ids, GroupScratch<S>* groups, ClassMaxima<S::kMaxima> maxima, int lane, bool* fits) {
   float x[S::kChunks][kChunk];
   registers.unpack(x);
-  if (options.score == Score::kSoftmax && (row.bias != nullptr || !options.renormalize)) {
-    row.softmax = softmax_of<S>(x, top_of<S>(x));
-  }
   float classes[S::kClasses];
   Tolerance tolerance = kExact;
   if constexpr (kBiased) {
-    tolerance = turn_into_keys<S, kAtOnce>(row, x, lane);
+    if (row.bias != nullptr && row.score == Score::kSigmoid) {
+      turn_into_sigmoids<S, kAtOnce>(row, x, lane);
+      tolerance = kApproximate;
+    } else {
+      float4 values[S::kChunks];
+#pragma unroll
+      for (int j = 0; j < S::kChunks; ++j) values[j] = Four<float>::pack(x[j]).raw;
+      const bool by_logit = row.bias == nullptr && options.renormalize;
+      const Comparison comparison = compare_by_any_score<S>(row, by_logit, values, lane);
+      row.softmax = comparison.softmax;
+      tolerance = comparison.tolerance;
+#pragma unroll
+      for (int j = 0; j < S::kChunks; ++j) Four<float>{values[j]}.unpack(x[j]);
+    }
     limit_to_groups<S>(options, row, tolerance, x, classes, *groups, lane);
+  } else if (options.score == Score::kSoftmax && !options.renormalize) {
+    row.softmax = softmax_of<S>(x, top_of<S>(x));
   }
   *fits = true;
   if (row.experts <= S::kListed) {

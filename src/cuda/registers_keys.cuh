@@ -30,16 +30,30 @@ __device__ __forceinline__ float reciprocal_approximate(float x) {
   return y;
 }
 
-// The bias of chunk j of a lane, -inf past the end of the row.
-template <typename S, typename T>
-__device__ __forceinline__ void load_bias(const RowValues<T, true>& row, int j, int lane,
-                                          float (&bias)[kChunk]) {
-  const int e = (j * S::kLanes + lane) * kChunk;
+// The bias of kAtOnce chunks of a lane from `first` on, -inf past the end of the row.
+template <typename S, int kAtOnce, typename T>
+__device__ __forceinline__ void load_bias(const RowValues<T, true>& row, int first, int lane,
+                                          float (&bias)[kAtOnce][kChunk]) {
+  const int start = (first * S::kLanes + lane) * kChunk;
+  constexpr int kStep = S::kLanes * kChunk;
+  Four<float> raw[kAtOnce];
   if (row.aligned) {
-    (e < row.experts ? Four<float>::load(row.bias + e) : Four<float>::lowest()).unpack(bias);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      raw[j] = Four<float>::lowest();
+      if (start + j * kStep < row.experts) {
+        raw[j] = Four<float>::load(row.bias + start + j * kStep);
+      }
+    }
   } else {
-    Four<float>::load_some(row.bias + e, row.experts - e).unpack(bias);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int e = start + j * kStep;
+      raw[j] = Four<float>::load_some(row.bias + e, row.experts - e);
+    }
   }
+#pragma unroll
+  for (int j = 0; j < kAtOnce; ++j) raw[j].unpack(bias[j]);
 }
 
 // Four sigmoids with one reciprocal. NaN gives any number.
@@ -68,8 +82,7 @@ __device__ __forceinline__ void turn_into_sigmoids(const RowValues<T, true>& row
 #pragma unroll
   for (int first = 0; first < S::kChunks; first += kAtOnce) {
     float bias[kAtOnce][kChunk];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) load_bias<S>(row, first + j, lane, bias[j]);
+    load_bias<S>(row, first, lane, bias);
     // This sum is NaN if anything in it is. It may be without, from infinities.
     float sums[kChunk] = {};
 #pragma unroll
@@ -93,6 +106,52 @@ __device__ __forceinline__ void turn_into_sigmoids(const RowValues<T, true>& row
   }
 }
 
+template <typename S>
+__device__ __forceinline__ float top_of(const float (&x)[S::kChunks][kChunk]) {
+  float top = -kInfinity;
+#pragma unroll
+  for (int j = 0; j < S::kChunks; ++j) {
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) top = larger(top, x[j][c]);
+  }
+#pragma unroll
+  for (int distance = S::kLanes / 2; distance > 0; distance /= 2) {
+    top = larger(top, __shfl_xor_sync(kAllLanes, top, distance));
+  }
+  return top;
+}
+
+// Sum of the softmax terms of a row in the order that the CPU has, too, since keys can depend on
+// it: 128 partial sums, element i to sum i mod 128, then pairwise at distance 64, 32 ... 1.
+template <typename S>
+__device__ __forceinline__ Softmax softmax_of(const float (&x)[S::kChunks][kChunk], float top) {
+  constexpr int kParts = kWarpSize / S::kLanes;
+  const float largest = larger(smaller(top, kLargest), -kLargest);
+  float sums[kParts][kChunk] = {};
+#pragma unroll
+  for (int j = 0; j < S::kChunks; ++j) {
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) {
+      float& sum = sums[j % kParts][c];
+      sum = add(sum, softmax_term(larger(x[j][c], -kInfinity), largest));
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kChunk; ++c) {
+#pragma unroll
+    for (int distance = kParts / 2; distance > 0; distance /= 2) {
+#pragma unroll
+      for (int j = 0; j < distance; ++j) sums[j][c] = add(sums[j][c], sums[j + distance][c]);
+    }
+#pragma unroll
+    for (int distance = S::kLanes / 2; distance > 0; distance /= 2) {
+      sums[0][c] = add(sums[0][c], __shfl_xor_sync(kAllLanes, sums[0][c], distance));
+    }
+  }
+  const float total = add(add(sums[0][0], sums[0][2]), add(sums[0][1], sums[0][3]));
+  return {largest, total > 0.0f ? total : 1.0f};
+}
+
 // Turns each logit into score(logit) + bias; NaN becomes -inf.
 template <typename S, typename T, typename ScoreOf>
 __device__ __forceinline__ void turn_into_scores(const RowValues<T, true>& row,
@@ -100,51 +159,56 @@ __device__ __forceinline__ void turn_into_scores(const RowValues<T, true>& row,
                                                  ScoreOf score_of) {
 #pragma unroll
   for (int j = 0; j < S::kChunks; ++j) {
-    float bias[kChunk];
+    float bias[1][kChunk];
     load_bias<S>(row, j, lane, bias);
 #pragma unroll
     for (int c = 0; c < kChunk; ++c) {
-      const float key = larger(add_keys(score_of(x[j][c]), bias[c]), -kInfinity);
+      const float key = larger(add_keys(score_of(x[j][c]), bias[0][c]), -kInfinity);
       x[j][c] = x[j][c] == x[j][c] ? key : -kInfinity;
     }
   }
 }
 
-// Puts what elements are compared by, whatever the groups, in the place of logits. Returns how far
-// that may be off. One score for all, known in each case, so that the chains of operations of many
-// elements overlap.
-template <typename S, int kAtOnce, typename T>
-__device__ __forceinline__ Tolerance turn_into_keys(const RowValues<T, true>& row,
-                                                    float (&x)[S::kChunks][kChunk], int lane) {
+// How elements are compared, whatever the groups.
+struct Comparison {
+  Tolerance tolerance;  // of what is in the place of logits
+  Softmax softmax;      // where the score is one
+};
+
+// Puts what elements are compared by in the place of logits, those of a lane in `values`. One score
+// for all, known in each case, so that the chains of operations of many elements overlap. Not
+// inlined: the kernels run through their instructions once, and should not have to jump over these.
+template <typename S, typename T>
+__device__ __noinline__ Comparison compare_by_any_score(RowValues<T, true> row, bool by_logit,
+                                                        float4* values, int lane) {
+  float x[S::kChunks][kChunk];
+#pragma unroll
+  for (int j = 0; j < S::kChunks; ++j) Four<float>{values[j]}.unpack(x[j]);
+  Tolerance tolerance = kExact;
+  if (row.score == Score::kSoftmax && !by_logit) row.softmax = softmax_of<S>(x, top_of<S>(x));
   if (row.bias == nullptr) {
 #pragma unroll
     for (int j = 0; j < S::kChunks; ++j) {
 #pragma unroll
       for (int c = 0; c < kChunk; ++c) x[j][c] = larger(x[j][c], -kInfinity);
     }
-    return kExact;
+  } else if (row.score == Score::kSoftmax) {
+    const float inverse = 1.0f / row.softmax.total;
+    turn_into_scores<S>(row, x, lane, [&](float logit) {
+      const float difference = smaller(logit, kLargest) - row.softmax.largest;
+      return exp2_approximate(difference * kLog2) * inverse;
+    });
+    tolerance = kApproximate;
+  } else if (row.score == Score::kSqrtSoftplus) {
+    turn_into_scores<S>(
+        row, x, lane, [](float logit) { return elementwise_score(logit, Score::kSqrtSoftplus); });
+  } else {
+    // A -inf input stays one: its key, unlike its score, is not 0.
+    turn_into_scores<S>(row, x, lane, [](float score) { return score; });
   }
-  switch (row.score) {
-    case Score::kSigmoid:
-      turn_into_sigmoids<S, kAtOnce>(row, x, lane);
-      return kApproximate;
-    case Score::kSoftmax: {
-      const float inverse = 1.0f / row.softmax.total;
-      turn_into_scores<S>(row, x, lane, [&](float logit) {
-        const float difference = smaller(logit, kLargest) - row.softmax.largest;
-        return exp2_approximate(difference * kLog2) * inverse;
-      });
-      return kApproximate;
-    }
-    case Score::kSqrtSoftplus:
-      turn_into_scores<S>(
-          row, x, lane, [](float logit) { return elementwise_score(logit, Score::kSqrtSoftplus); });
-      return kExact;
-    default:
-      // A -inf input stays one: its key, unlike its score, is not 0.
-      turn_into_scores<S>(row, x, lane, [](float score) { return score; });
-      return kExact;
-  }
+#pragma unroll
+  for (int j = 0; j < S::kChunks; ++j) values[j] = Four<float>::pack(x[j]).raw;
+  return {tolerance, row.softmax};
 }
 
 // Loosens the bound of keys so far off that it bounds exact keys, and so do those of all that reach
@@ -173,7 +237,9 @@ struct ExactWords {
   template <int kSlots>
   __device__ __forceinline__ void operator()(int first, int count,
                                              uint32_t (&words)[kSlots]) const {
-    if (row.bias != nullptr && row.score == Score::kSigmoid) return sigmoids(first, count, words);
+    if (row.bias != nullptr && row.score == Score::kSigmoid) {
+      return sigmoids(first, count, words);
+    }
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
       const int slot = first + i;
