@@ -200,8 +200,8 @@ __device__ __noinline__ Comparison compare_by_any_score(RowValues<T, true> row, 
     });
     tolerance = kApproximate;
   } else if (row.score == Score::kSqrtSoftplus) {
-    turn_into_scores<S>(
-        row, x, lane, [](float logit) { return elementwise_score(logit, Score::kSqrtSoftplus); });
+    turn_into_scores<S>(row, x, lane,
+                        [](float logit) { return elementwise_score(logit, Score::kSqrtSoftplus); });
   } else {
     // A -inf input stays one: its key, unlike its score, is not 0.
     turn_into_scores<S>(row, x, lane, [](float score) { return score; });

@@ -12,6 +12,9 @@ namespace {
 constexpr int64_t kMostListed = 48;  // k for which the kernels that list survivors are made
 constexpr int64_t kMostInLanes = 256;
 constexpr int64_t kMostInRegisters = 1024;
+// With a bias, up to so many tokens have a warp each: that takes fewer instructions one after the
+// other.
+constexpr int64_t kFewTokens = 256;
 
 }  // namespace
 
@@ -40,7 +43,8 @@ cudaError_t launch_route(const RouteForward& call, const RouteOptions& options,
   const RouteForward checked = for_registers(call, options);
   const bool listed =
       call.given == nullptr && options.k <= kMostListed && groups_in_registers(call, options);
-  if (listed && call.experts <= kMostInLanes && options.k <= 8) {
+  const bool few = needs_keys(call, options) && call.tokens <= kFewTokens;
+  if (listed && call.experts <= kMostInLanes && options.k <= 8 && !few) {
     return launch_route_lanes(checked, options, stream);
   }
   if (listed && call.experts <= kMostInRegisters) {
