@@ -295,7 +295,7 @@ ffi::Error replicas(cudaStream_t stream, ffi::AnyBuffer experts, ffi::AnyBuffer 
                     ffi::Result<ffi::AnyBuffer> physical, ffi::Result<ffi::AnyBuffer> load,
                     int64_t num_physical, int64_t policy, int64_t load_of, bool has_where) {
   ReplicasCall call;
-  JAX_ROUTER_RETURN_IF_ERROR(decode_replicas({num_physical, policy, load_of, has_where}, experts,
+  JAX_ROUTER_RETURN_IF_ERROR(decode_replicas({num_physical, policy, load_of}, has_where, experts,
                                              table, counts, offset, optional, *physical, *load,
                                              &call));
   return launch_result("assign_replicas", launch_replicas(call, stream));
