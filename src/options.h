@@ -100,6 +100,7 @@ struct RouteForward {
   // 2**16 divided by that, rounded up.
   int group_chunks;
   uint32_t group_inverse;
+  bool overlaps;  // and whether the kernel starts while its load is still being cleared
 
   // A bitmap has the least significant bit first and 0 in the bits past the last expert.
   JAX_ROUTER_HOST_DEVICE int64_t map_row_bytes() const {
