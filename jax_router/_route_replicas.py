@@ -114,10 +114,10 @@ def route_and_assign_replicas(
   operands, tables, groups_of_tokens = fold_tokens(given, tables)
   results: Sequence[jax.Array]
   if implementation == "reference":
-    results = _chain_reference(static, operands, tables)
+    results = run_reference(static, operands, tables)
   else:
     results = _route_and_assign(static, *operands, *tables)
-  weights, chosen, physical, loads = results
+  weights, chosen, *_, physical, loads = results
   shape = (*given.logits.shape[:-1], options.k)
   routing = Routing(weights.reshape(shape).astype(weight_dtype), chosen.reshape(shape))
   return routing, physical.reshape(shape), _replicas.sum_groups(loads, groups_of_tokens)
@@ -204,16 +204,16 @@ _bind = make_primitive(
 # ---- the differentiable function ----
 
 
-def _chain_reference(static: Static, operands: Operands, tables: Tables) -> list[jax.Array]:
-  """Results in plain JAX, without the normalizer."""
-  weights, experts, _ = _reference.route(
+def run_reference(static: Static, operands: Operands, tables: Tables) -> list[jax.Array]:
+  """The results of `run_forward` in plain JAX."""
+  routing = _reference.route(
     *operands, options=static.route.options, index_dtype=static.index_dtype
   )
-  ids = experts.astype(jnp.int32)
+  ids = routing[1].astype(jnp.int32)
   assigned = _reference_replicas.assign_replicas(
     ids, tables.table, tables.counts, tables.offset, None, **static.replicas._asdict()
   )
-  return [weights, experts, *assigned]
+  return [*routing, *assigned]
 
 
 def run_forward(static: Static, *arrays) -> list[jax.Array]:

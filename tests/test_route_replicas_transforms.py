@@ -17,6 +17,7 @@ import oracle_replicas
 import programs
 import shapes
 from jax_router import Groups, _route_replicas, assign_replicas, route, route_and_assign_replicas
+from jax_router.compat import fastdeploy
 from programs import assert_equal, assert_same, collectives, loop, put
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -79,6 +80,18 @@ def test_it_is_one_kernel():
     for word in (WORD, "route", "assign_replicas"):
       assert text.count(f"custom_call @jax_router_{word}(") == (word == WORD)
   assert calls(jax.grad(loss_of(fused)), make_logits(64)) == (1, 1)
+
+
+def test_operators_of_fastdeploy_are_one_kernel():
+  logits, bias, stats = make_logits(8), np.zeros(E, np.float32), np.zeros(E, np.int32)
+  for name, keys in (("noaux_tc_redundant", logits), ("grouped_topk_redundant", bias)):
+
+    def run(x, keys, name=name):
+      operator = getattr(fastdeploy, name)
+      return operator(x, keys, TABLE, COUNTS, stats, 4, 2, K, True, 2.5, TABLE.shape[1])
+
+    text = jax.jit(run).trace(logits, keys).lower(lowering_platforms=("cpu",)).as_text()
+    assert text.count("custom_call @jax_router_") == 1 == text.count(f"@jax_router_{WORD}(")
 
 
 def test_on_other_platforms_it_is_plain_jax():
