@@ -175,7 +175,7 @@ def added(times: Sequence[float]) -> str:
   """What one kernel and two add to routing alone."""
   one, two, alone = times
   return (
-    f"+{100 * (one / alone - 1):.1f} % of routing alone, as two +{100 * (two / alone - 1):.1f} %"
+    f"{100 * (one / alone - 1):+.1f} % of routing alone, as two {100 * (two / alone - 1):+.1f} %"
   )
 
 
