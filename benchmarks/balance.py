@@ -1,11 +1,13 @@
-"""Times `assign_replicas` and `quantile_histogram` against plain JAX, in one process.
+"""Times replicas and `quantile_histogram` against plain JAX, and routing with replicas.
 
     python benchmarks/balance.py [--output benchmarks/results] [--samples 30]
 
 Plain JAX is what one writes without this package: gathers from the replica table and a bincount; a
-scatter-add of one into the bins. Both assign the same replicas and count the same bins. Beside
-`assign_replicas` alone stands what it adds to `route` of DeepSeek-V3 in one program. A time on the
-CPU is the wall time of a call, on a GPU the sum of its kernels, whose inputs take turns in memory.
+scatter-add of one into the bins. Both assign the same replicas and count the same bins. Then comes
+what replicas add to `route` of DeepSeek-V3: `route_and_assign_replicas`, and `assign_replicas`
+after `route` in one program. A time on the CPU is the wall time of a call, on a GPU the sum of its
+kernels, whose inputs take turns in memory. Kernels that overlap count twice in that sum, so for
+routing the time of a call among many queued stands below it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import functools
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,7 +53,7 @@ CASES = (
   *(Case("replicas", 8192, 256, 8, 2, kind) for kind in ("hash", "xorshift", "one expert")),
   Case("replicas", 8192, 256, 8, 1, "hash"), Case("replicas", 64, 256, 8, 2, "hash"),
   Case("replicas", 8192, 896, 16, 2, "hash"), Case("replicas", 131072, 256, 8, 2, "hash"),
-  Case("route", 8192, 256, 8, 2, "deepseek_v3"), Case("route", 64, 256, 8, 2, "deepseek_v3"),
+  *(Case("route", tokens, 256, 8, r, "deepseek_v3") for tokens in (8192, 64) for r in (1, 2, 3, 4)),
   Case("histogram", 8192, 256, 8, 1000, "sigmoid"),
 )  # fmt: skip
 
@@ -90,18 +92,18 @@ def plain_replicas(ids, table, counts, *, slots: int, policy: str) -> tuple[jax.
   return physical, jnp.bincount(physical.reshape(-1), length=slots)
 
 
-def replicas(case: Case) -> tuple[tuple[np.ndarray, ...], Program, Program]:
+def replicas(case: Case) -> tuple[tuple[np.ndarray, ...], list[Program]]:
   """Arguments, ours and plain JAX."""
   arrays, slots = make_replicas(case)
   policy = "xorshift" if case.kind == "xorshift" else "hash"
   ours = functools.partial(
     jax_router.assign_replicas, num_physical=slots, policy=policy, load="physical"
   )
-  return arrays, ours, functools.partial(plain_replicas, slots=slots, policy=policy)
+  return arrays, [ours, functools.partial(plain_replicas, slots=slots, policy=policy)]
 
 
-def routing(case: Case) -> tuple[tuple[np.ndarray, ...], Program, Program]:
-  """Routing with replicas, and routing alone."""
+def routing(case: Case) -> tuple[tuple[np.ndarray, ...], list[Program]]:
+  """Arguments, routing with replicas in one kernel and in two, and routing alone."""
   (_, table, counts), slots = make_replicas(case)
   rng = np.random.default_rng(1)
   logits = rng.normal(size=(case.tokens, case.experts)).astype(np.float32)
@@ -110,20 +112,27 @@ def routing(case: Case) -> tuple[tuple[np.ndarray, ...], Program, Program]:
   def alone(logits, bias, table, counts):
     return tuple(jax_router.route(logits, bias=bias, **presets.deepseek_v3))
 
-  def together(logits, bias, table, counts):
+  def chain(logits, bias, table, counts):
     weights, experts = alone(logits, bias, table, counts)
     assigned = jax_router.assign_replicas(
       experts, table, counts, num_physical=slots, load="physical"
     )
-    return weights, *assigned
+    return weights, experts, *assigned
 
-  return (logits, bias, table, counts), together, alone
+  def fused(logits, bias, table, counts):
+    (weights, experts), *assigned = jax_router.route_and_assign_replicas(
+      logits, replica_table=table, replica_counts=counts, num_physical=slots, load="physical",
+      bias=bias, **presets.deepseek_v3,
+    )  # fmt: skip
+    return weights, experts, *assigned
+
+  return (logits, bias, table, counts), [fused, chain, alone]
 
 
 # ---- histogram ----
 
 
-def histogram(case: Case) -> tuple[tuple[np.ndarray, ...], Program, Program]:
+def histogram(case: Case) -> tuple[tuple[np.ndarray, ...], list[Program]]:
   """Arguments, ours and plain JAX; scores of powers of two, so that no rounding moves a bin."""
   rng = np.random.default_rng(2)
   scores = (rng.integers(0, 2**10, size=(case.tokens, case.experts)) / 2**10).astype(np.float32)
@@ -141,7 +150,7 @@ def histogram(case: Case) -> tuple[tuple[np.ndarray, ...], Program, Program]:
     expert = jnp.broadcast_to(jnp.arange(case.experts), bins.shape)
     return jnp.zeros((case.experts, case.width), jnp.int32).at[expert, bins].add(1)
 
-  return (scores, cutoff, bounds), ours, plain
+  return (scores, cutoff, bounds), [ours, plain]
 
 
 MAKERS = {"replicas": replicas, "route": routing, "histogram": histogram}
@@ -151,31 +160,40 @@ MAKERS = {"replicas": replicas, "route": routing, "histogram": histogram}
 
 
 def programs(case: Case, options: dict[str, Any] | None = None):
-  """Arguments on the device, and ours and plain JAX compiled; equal results but for routing."""
-  arrays, *functions = MAKERS[case.word](case)
+  """Arguments on the device, and the programs compiled, the first two with equal results."""
+  arrays, functions = MAKERS[case.word](case)
   arrays = jax.device_put(arrays)
   compiled = [jax.jit(f).lower(*arrays).compile(compiler_options=options) for f in functions]
-  if case.word != "route":
-    results = [jax.tree.leaves(f(*arrays)) for f in compiled]
-    for ours, plain in zip(*results, strict=True):
-      if not np.array_equal(ours, plain):
-        raise ValueError("ours is not what plain JAX gives")
+  results = [jax.tree.leaves(f(*arrays)) for f in compiled[:2]]
+  for ours, other in zip(*results, strict=True):
+    if not np.array_equal(ours, other):
+      raise ValueError("ours is not what the other program gives")
   return arrays, compiled
 
 
-def compare(report: timing.Report, case: Case, ours: float, plain: float) -> None:
+def added(times: Sequence[float]) -> str:
+  """What one kernel and two add to routing alone."""
+  one, two, alone = times
+  return (
+    f"{100 * (one / alone - 1):+.1f} % of routing alone, as two {100 * (two / alone - 1):+.1f} %"
+  )
+
+
+def compare(report: timing.Report, case: Case, times: Sequence[float]) -> None:
   """One line."""
+  ours, other = times[:2]
+  line, row = f"{case} {ours:10.2f} {other:10.2f}", {"us": ours, "plain_us": other}
   if case.word == "route":
-    added = ours / plain - 1
-    verdict = f"+{100 * added:.0f} % of routing alone, bar {100 * MOST_ADDED:.0f} %"
+    line += f"  {added(times)}, bar {100 * MOST_ADDED:.0f} %"
+    row = {"us": ours, "chain_us": other, "alone_us": times[2]}
   else:
-    verdict = f"{plain / ours:.1f}x"
-  report.line(f"{case} {ours:10.2f} {plain:10.2f}  {verdict}")
-  report.row(**dataclasses.asdict(case), us=ours, plain_us=plain)
+    line += f"  {other / ours:.1f}x"
+  report.line(line)
+  report.row(**dataclasses.asdict(case), **row)
 
 
 HEADER = (
-  "\nmedian us; route: with replicas, and alone\n"
+  "\nmedian us; route: with replicas in one kernel, and in two\n"
   f"{'word':16} {'T':>6} {'E':>5} {'k':>3} {'R/B':>5} {'kind':14} {'ours':>10} {'plain JAX':>10}"
 )
 
@@ -189,8 +207,8 @@ def run_cpu(output: pathlib.Path | None, samples: int) -> timing.Report:
   for case in CASES:
     with report.attempt(str(case)):
       arrays, compiled = programs(case)
-      ours, plain = timing.compared_ms(compiled, *arrays, samples=samples)
-      compare(report, case, 1e3 * ours, 1e3 * plain)
+      times = timing.compared_ms(compiled, *arrays, samples=samples)
+      compare(report, case, [1e3 * ms for ms in times])
   report.save()
   return report
 
@@ -207,10 +225,14 @@ def run_gpu(output: pathlib.Path | None, samples: int) -> timing.Report:
       arrays, compiled = programs(case, gpu_timing.COMPILER_OPTIONS)
       size = sum(x.nbytes for x in arrays)
       inputs = [tuple(map(jnp.array, arrays)) for _ in range(gpu_timing.input_count(size))]
-      ours, plain = clock.times(*(gpu_timing.Queue(f, inputs) for f in compiled))
-      compare(report, case, ours.us, plain.us)
-      kernels = zip(ours.kernels, ours.kernel_us, strict=False)
+      queues = [gpu_timing.Queue(f, inputs) for f in compiled]
+      times = clock.times(*queues)
+      compare(report, case, [t.us for t in times])
+      kernels = zip(times[0].kernels, times[0].kernel_us, strict=False)
       report.line("  " + ", ".join(f"{name} {us:.2f}" for name, us in kernels))
+      if case.word == "route":
+        queued = [clock.wall_us(queue) for queue in queues]
+        report.line("  queued " + ", ".join(f"{us:.2f}" for us in queued) + f": {added(queued)}")
   report.line(clock.summary())
   report.save()
   return report

@@ -30,5 +30,6 @@ from jax_router._replicas import assign_replicas as assign_replicas
 from jax_router._route import route as route
 from jax_router._route_blocks import max_fused_tokens as max_fused_tokens
 from jax_router._route_blocks import route_and_plan_blocks as route_and_plan_blocks
+from jax_router._route_replicas import route_and_assign_replicas as route_and_assign_replicas
 from jax_router._scores import aux_scores as aux_scores
 from jax_router._stats import route_with_stats as route_with_stats

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,49 +98,99 @@ def assign_replicas(
   ids = _as_int32("experts", experts)
   if ids.ndim < 2:
     raise ValueError(f"experts must have shape [..., T, k], got {ids.shape}")
-  table = _as_int32("replica_table", replica_table)
-  if table.ndim != 2 or 0 in table.shape:
-    raise ValueError(f"replica_table must have shape [E, R] with E, R >= 1, got {table.shape}")
-  num_experts, width = table.shape
-  if num_experts * width > _MOST_INT32:
-    raise ValueError(
-      f"replica_table must have at most {_MOST_INT32} entries, got shape {table.shape}"
-    )
-  counts = _as_int32("replica_counts", replica_counts)
-  _options.check_shape("replica_counts", counts.shape, (num_experts,), "[E]")
-  if num_physical is None:
-    num_physical = num_experts * width
-  num_physical = _options.check_int("num_physical", num_physical, 1, _MOST_INT32)
-  policy = _options.check_choice("policy", policy, POLICIES)
-  load = _options.check_choice("load", load, LOADS)
-  bins = num_experts if load == "logical" else num_physical
-  if bins > _MOST_BINS:
-    what = "E" if load == "logical" else "num_physical"
-    raise ValueError(f"{what} must be at most {_MOST_BINS} to count load={load!r}, got {bins}")
+  tables, options = check_replicas(
+    replica_table, replica_counts, token_offset, num_physical=num_physical, policy=policy,
+    load=load, lead=ids.shape[:-2], lead_name="experts.shape[:-2]",
+  )  # fmt: skip
   if where is not None:
     where = _options.check_array("where", where)
     if where.dtype != np.bool_:
       raise TypeError(f"where must have dtype bool, got {where.dtype.name}")
     _options.check_shape("where", where.shape, ids.shape[:-1], "experts.shape[:-1]")
-  offset = _check_offset(token_offset, ids.shape[:-2])
   if implementation is not None:
     _options.check_choice("implementation", implementation, _options.IMPLEMENTATIONS)
     _native.check_implementation(implementation)
-  _check_replicas(replica_table, replica_counts, width, num_physical)
-  operands, grouped = _group_tokens(ids, table, counts, offset, where)
-  params = {"num_physical": num_physical, "policy": policy, "load": load}
+  *lead, tokens, k = ids.shape
+  groups = _operands.token_groups(tokens)
+  batch = (*lead, groups) if groups > 1 else tuple(lead)
+  operands = [ids.reshape(*batch, tokens // groups, k), *group_tables(tables, groups, tokens)]
+  if where is not None:
+    operands.append(where.reshape(*batch, tokens // groups))
+  params = options._asdict() | {"has_where": where is not None}
   if implementation == "reference":
-    physical, loads = _reference(*operands, has_where=where is not None, **params)
+    physical, loads = _reference(*operands, **params)
   else:
-    physical, loads = _bind(
-      *operands, has_where=where is not None, implementation=implementation, **params
-    )
-  if grouped:
-    loads = jnp.sum(loads, axis=-2, dtype=jnp.int32)
-  return physical.reshape(ids.shape), loads
+    physical, loads = bind(*operands, implementation=implementation, **params)
+  return physical.reshape(ids.shape), sum_groups(loads, groups)
 
 
 # ---- arguments ----
+
+
+class Tables(NamedTuple):
+  """The replicas of experts, and the index of the first token of every row.
+
+  As arguments: table `[E, R]` int32, counts `[E]` int32, offset `[*lead]` uint32. As operands of a
+  primitive each of them starts with the batch dimensions.
+  """
+
+  table: jax.Array
+  counts: jax.Array
+  offset: jax.Array
+
+
+class ReplicaOptions(NamedTuple):
+  """The static options, checked; they are parameters of the primitives."""
+
+  num_physical: int
+  policy: str
+  load: str
+
+
+def check_replicas(
+  replica_table: Any,
+  replica_counts: Any,
+  token_offset: Any,
+  *,
+  num_physical: Any,
+  policy: Any,
+  load: Any,
+  lead: tuple[int, ...],
+  lead_name: str,
+  num_experts: int | None = None,
+) -> tuple[Tables, ReplicaOptions]:
+  """Checks what says how replicas are assigned.
+
+  `lead` are the leading dimensions of the tokens, which `lead_name` describes; `num_experts` is the
+  number of experts if it is known otherwise.
+  """
+  table = _as_int32("replica_table", replica_table)
+  if table.ndim != 2 or 0 in table.shape:
+    raise ValueError(f"replica_table must have shape [E, R] with E, R >= 1, got {table.shape}")
+  experts, width = table.shape
+  if num_experts is not None and experts != num_experts:
+    raise ValueError(
+      f"replica_table must have shape [E, R] with E = {num_experts}, the experts of logits, got "
+      f"{table.shape}"
+    )
+  if experts * width > _MOST_INT32:
+    raise ValueError(
+      f"replica_table must have at most {_MOST_INT32} entries, got shape {table.shape}"
+    )
+  counts = _as_int32("replica_counts", replica_counts)
+  _options.check_shape("replica_counts", counts.shape, (experts,), "[E]")
+  if num_physical is None:
+    num_physical = experts * width
+  num_physical = _options.check_int("num_physical", num_physical, 1, _MOST_INT32)
+  policy = _options.check_choice("policy", policy, POLICIES)
+  load = _options.check_choice("load", load, LOADS)
+  bins = load_bins(experts, num_physical, load)
+  if bins > _MOST_BINS:
+    what = "E" if load == "logical" else "num_physical"
+    raise ValueError(f"{what} must be at most {_MOST_BINS} to count load={load!r}, got {bins}")
+  offset = _check_offset(token_offset, lead, lead_name)
+  _check_values(replica_table, replica_counts, width, num_physical)
+  return Tables(table, counts, offset), ReplicaOptions(num_physical, policy, load)
 
 
 def _as_int32(name: str, value: Any) -> jax.Array:
@@ -162,7 +212,7 @@ def _narrowed(value, xp):
   return xp.where(fits, value.astype(xp.int32), xp.int32(-1))
 
 
-def _check_offset(value: Any, lead: tuple[int, ...]) -> jax.Array:
+def _check_offset(value: Any, lead: tuple[int, ...], lead_name: str) -> jax.Array:
   """The offset as uint32, of shape `lead`."""
   if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
     value = np.asarray(int(value) % 2**32, np.uint32)
@@ -172,9 +222,7 @@ def _check_offset(value: Any, lead: tuple[int, ...]) -> jax.Array:
   if not jnp.issubdtype(offset.dtype, jnp.integer):
     raise TypeError(f"token_offset must have an integer dtype, got {offset.dtype.name}")
   if offset.shape not in ((), lead):
-    raise ValueError(
-      f"token_offset must have shape () or experts.shape[:-2] = {lead}, got {offset.shape}"
-    )
+    raise ValueError(f"token_offset must have shape () or {lead_name} = {lead}, got {offset.shape}")
   offset = offset.astype(jnp.uint32)
   return offset if offset.shape == lead else jnp.broadcast_to(offset, lead)
 
@@ -188,7 +236,7 @@ def _known(value: Any) -> np.ndarray | None:
   return np.asarray(value)
 
 
-def _check_replicas(table: Any, counts: Any, width: int, num_physical: int) -> None:
+def _check_values(table: Any, counts: Any, width: int, num_physical: int) -> None:
   """ValueError if values that are known cannot be used."""
   known_counts, known_table = _known(counts), _known(table)
   if known_counts is None:
@@ -214,40 +262,53 @@ def _check_replicas(table: Any, counts: Any, width: int, num_physical: int) -> N
 # ---- the primitive ----
 
 
-def _group_tokens(ids, table, counts, offset, where) -> tuple[list[jax.Array], bool]:
-  """Operands of the primitive, and whether loads are still to be summed over groups of tokens.
+def group_tables(tables: Tables, groups: int, tokens: Any) -> Tables:
+  """The tables as operands, with a copy for every batch row.
 
-  The load has no token dimension for the partitioner to split by, so the tokens are cut into as
-  many groups as there may be shards, each with the index of its own first token.
+  The load has no token dimension for the partitioner to split by, so the tokens of a row are cut
+  into as many groups as there may be shards, each with the index of its own first token: the last
+  batch dimension, if there is more than one.
   """
-  batch, tokens = ids.shape[:-2], ids.shape[-2]
-  groups = _operands.token_groups(tokens)
-  grouped = groups > 1
-  if grouped:
-    size = tokens // groups
-    batch = (*batch, groups)
-    ids = ids.reshape(*batch, size, ids.shape[-1])
-    where = None if where is None else where.reshape(*batch, size)
-    first = jax.lax.broadcasted_iota(jnp.uint32, batch, len(batch) - 1) * np.uint32(size)
-    offset = first + offset[..., None]
+  table, counts, offset = tables
+  if groups > 1:
+    batch = (*offset.shape, groups)
+    first = jax.lax.broadcasted_iota(jnp.uint32, batch, len(batch) - 1)
+    offset = first * np.uint32(tokens // groups) + offset[..., None]
+  batch = offset.shape
   expand = (None,) * len(batch)
-  table = jnp.broadcast_to(table[expand], (*batch, *table.shape))
-  counts = jnp.broadcast_to(counts[expand], (*batch, *counts.shape))
-  return [ids, table, counts, offset] + ([] if where is None else [where]), grouped
+  return Tables(
+    jnp.broadcast_to(table[expand], (*batch, *table.shape)),
+    jnp.broadcast_to(counts[expand], (*batch, *counts.shape)),
+    offset,
+  )
+
+
+def sum_groups(loads: jax.Array, groups: int) -> jax.Array:
+  """The load of rows from that of their groups of tokens."""
+  return jnp.sum(loads, axis=-2, dtype=jnp.int32) if groups > 1 else loads
+
+
+def load_bins(num_experts: int, num_physical: int, load: str) -> int:
+  """The size of a row of the load."""
+  return num_experts if load == "logical" else num_physical
 
 
 def _results(shapes, *, num_physical: int, load: str, **_: Any) -> list[Result]:
-  bins = shapes[1][-2] if load == "logical" else num_physical
+  bins = load_bins(shapes[1][-2], num_physical, load)
   return [Result(shapes[0][-2:], np.dtype(np.int32)), Result((bins,), np.dtype(np.int32))]
 
 
-def _attributes(*, num_physical: int, policy: str, load: str, has_where: bool) -> dict[str, Any]:
+def replica_attributes(*, num_physical: int, policy: str, load: str) -> dict[str, Any]:
+  """FFI attributes of the options."""
   return {
     "num_physical": num_physical,
     "policy": POLICIES.index(policy),
     "load": LOADS.index(load),
-    "has_where": has_where,
   }
+
+
+def _attributes(*, has_where: bool, **params: Any) -> dict[str, Any]:
+  return replica_attributes(**params) | {"has_where": has_where}
 
 
 def _reference(*operands: jax.Array, has_where: bool, **params: Any):
@@ -256,7 +317,7 @@ def _reference(*operands: jax.Array, has_where: bool, **params: Any):
   return _reference_replicas.assign_replicas(experts, table, counts, offset, where, **params)
 
 
-_bind = make_primitive(
+bind = make_primitive(
   Operation(
     name="assign_replicas",
     batch_ndim=lambda shapes, **_: len(shapes[0]) - 2,

@@ -5,11 +5,8 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define JAX_ROUTER_HOST_DEVICE __host__ __device__
-#else
-#define JAX_ROUTER_HOST_DEVICE
-#endif
+#include "host_device.h"
+#include "replicas_call.h"
 
 namespace jax_router {
 
@@ -86,7 +83,7 @@ struct RouteForward {
   const int32_t* given;
   int64_t tokens;
   int64_t experts;
-  int64_t tokens_per_batch;  // where there is a bias, or statistics
+  int64_t tokens_per_batch;  // where there is a bias, or statistics, or replicas
   float* weights;            // [tokens, k]; -0 at slots filled up for want of keys above -inf
   void* indices;             // [tokens, k], index_bytes each
   int index_bytes;
@@ -96,12 +93,14 @@ struct RouteForward {
   uint8_t* map;  // [tokens, map_row_bytes()], see MapFormat
   MapFormat map_format;
   RouteStats stats;
+  Replicas replicas;  // of `route_and_assign_replicas` alone, else null
   // Whether rows of logits allow loads of four elements; for the CUDA kernels, set by their launch.
   bool aligned;
   // For them, too, where groups are whole chunks of four experts: how many chunks a group has, and
   // 2**16 divided by that, rounded up.
   int group_chunks;
   uint32_t group_inverse;
+  bool overlaps;  // and whether the kernel starts while its load is still being cleared
 
   // A bitmap has the least significant bit first and 0 in the bits past the last expert.
   JAX_ROUTER_HOST_DEVICE int64_t map_row_bytes() const {

@@ -1,12 +1,12 @@
-// One call of `assign_replicas`, and the choice of a replica that the CPU and the CUDA kernel
-// share.
+// The replicas of experts, one call of `assign_replicas`, and the choice of a replica that the CPU
+// and the CUDA kernels share.
 
 #ifndef JAX_ROUTER_REPLICAS_CALL_H_
 #define JAX_ROUTER_REPLICAS_CALL_H_
 
 #include <cstdint>
 
-#include "options.h"
+#include "host_device.h"
 
 namespace jax_router {
 
@@ -14,16 +14,12 @@ namespace jax_router {
 enum class Policy : int { kHash, kXorshift };
 enum class Load : int { kLogical, kPhysical };
 
-// `batch` rows of `tokens` tokens with `slots` ids each. Where is null if absent.
-struct ReplicasCall {
-  const int32_t* experts;  // [batch, tokens, slots]
+// Replicas for `batch` rows of tokens, and what is made of the experts of these.
+struct Replicas {
   const int32_t* table;    // [batch, num_experts, width]
   const int32_t* counts;   // [batch, num_experts]
   const uint32_t* offset;  // [batch]: index of the first token
-  const bool* where;       // [batch, tokens]
   int64_t batch;
-  int64_t tokens;
-  int64_t slots;
   int64_t num_experts;  // fits int32
   int64_t width;        // fits int32
   int32_t num_physical;
@@ -32,6 +28,14 @@ struct ReplicasCall {
   int64_t bins;       // of a row of load; fits int32
   int32_t* physical;  // [batch, tokens, slots]
   int32_t* load;      // [batch, bins]
+};
+
+// Every row has `tokens` tokens with `slots` ids each. Where is null if absent.
+struct ReplicasCall : Replicas {
+  const int32_t* experts;  // [batch, tokens, slots]
+  const bool* where;       // [batch, tokens]
+  int64_t tokens;
+  int64_t slots;
 };
 
 // A bijection of 32-bit integers, MurmurHash3's finalizer.
@@ -57,17 +61,18 @@ struct Replica {
 };
 
 // The replica of an expert for a token. `table` and `counts` are those of its batch row.
-JAX_ROUTER_HOST_DEVICE inline Replica find_replica(const ReplicasCall& call, const int32_t* table,
+JAX_ROUTER_HOST_DEVICE inline Replica find_replica(const Replicas& replicas, const int32_t* table,
                                                    const int32_t* counts, uint32_t token,
                                                    int32_t expert) {
-  const Replica none = {call.num_physical, -1};
-  if (static_cast<uint32_t>(expert) >= static_cast<uint32_t>(call.num_experts)) return none;
+  const Replica none = {replicas.num_physical, -1};
+  if (static_cast<uint32_t>(expert) >= static_cast<uint32_t>(replicas.num_experts)) return none;
   const int32_t count = counts[expert];
-  if (count < 1 || count > call.width) return none;
-  const uint32_t choice = draw_replica(call.policy, token, expert) % static_cast<uint32_t>(count);
-  const int32_t slot = table[expert * call.width + choice];
-  if (static_cast<uint32_t>(slot) >= static_cast<uint32_t>(call.num_physical)) return none;
-  return {slot, call.load_of == Load::kLogical ? expert : slot};
+  if (count < 1 || count > replicas.width) return none;
+  const uint32_t choice =
+      draw_replica(replicas.policy, token, expert) % static_cast<uint32_t>(count);
+  const int32_t slot = table[expert * replicas.width + choice];
+  if (static_cast<uint32_t>(slot) >= static_cast<uint32_t>(replicas.num_physical)) return none;
+  return {slot, replicas.load_of == Load::kLogical ? expert : slot};
 }
 
 }  // namespace jax_router

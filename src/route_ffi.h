@@ -106,6 +106,19 @@ inline ffi::Error check_options(const RouteOptions& options, int64_t experts) {
   return ffi::Error::Success();
 }
 
+// Batch rows and tokens of each, from a buffer [*B, T, E or k].
+struct BatchShape {
+  int64_t batches;
+  int64_t tokens;
+};
+
+inline BatchShape batch_shape(const ffi::AnyBuffer& buffer) {
+  const auto dimensions = buffer.dimensions();
+  BatchShape shape{1, dimensions[dimensions.size() - 2]};
+  for (size_t i = 0; i + 2 < dimensions.size(); ++i) shape.batches *= dimensions[i];
+  return shape;
+}
+
 // Fills a forward call from its operands and results, checking every size and type.
 inline ffi::Error decode_route_forward(const RouteOptions& options, bool has_bias, bool has_where,
                                        bool has_experts, const ffi::AnyBuffer& logits,

@@ -50,19 +50,6 @@ inline int64_t scratch_words(int64_t tokens, int64_t experts) {
   return blocks_of_batch(tokens) * (2 * experts + 2);
 }
 
-// Batch rows and tokens of each, from logits [*B, T, E].
-struct BatchShape {
-  int64_t batches;
-  int64_t tokens;
-};
-
-inline BatchShape batch_shape(const ffi::AnyBuffer& logits) {
-  const auto dimensions = logits.dimensions();
-  BatchShape shape{1, dimensions[dimensions.size() - 2]};
-  for (size_t i = 0; i + 2 < dimensions.size(); ++i) shape.batches *= dimensions[i];
-  return shape;
-}
-
 // Fills a forward call from its operands and results, checking every size and type.
 inline ffi::Error decode_stats_forward(const RouteOptions& options, bool has_bias, bool has_where,
                                        bool has_experts, const ffi::AnyBuffer& logits,

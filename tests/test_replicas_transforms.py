@@ -278,7 +278,7 @@ def test_page_and_docstrings():
   """The examples in the page and in the docstrings."""
   path = pathlib.Path(__file__).parents[1] / "docs" / "grouped_routing.md"
   blocks = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
-  assert len(blocks) == 5
+  assert len(blocks) == 6
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     exec(compile("\n".join(blocks), str(path), "exec"), {})
   for module in (_replicas, fastdeploy):

@@ -28,10 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_router import _operands, _options, _reference, _route
-from jax_router._operands import Operands, Static
+from jax_router import _operands, _options, _reference, _replicas, _route, _route_replicas
+from jax_router._operands import Static
 from jax_router._options import Groups, RouteOptions
-from jax_router._replicas import assign_replicas
+from jax_router._replicas import ReplicaOptions, Tables
 from jax_router.compat._transformer_engine_arguments import check_number
 
 _MOST_GROUPS = 32
@@ -145,6 +145,7 @@ def noaux_tc_redundant(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """`noaux_tc` of experts with replicas: indices are physical slots, and chosen experts counted.
 
+  One kernel chooses, assigns and counts, as `jax_router.route_and_assign_replicas` does.
   Token t takes replica h(t) % count of each of its experts, h being the "xorshift" of
   `jax_router.assign_replicas`. Every chosen expert is counted, those of degenerate tokens too.
 
@@ -175,8 +176,8 @@ def noaux_tc_redundant(
     expert_id_to_ep_rank_array, expert_in_rank_num_list, tokens_per_expert_stats_list,
     redundant_ep_rank_num_plus_one, scores.shape[1],
   )  # fmt: skip
-  choice = _choose_scored(scores, scores_with_bias, options, implementation)
-  return choice.scores, choice.values, *_replicate(choice, replicas, implementation)
+  choice = _choose_scored(scores, scores_with_bias, options, implementation, replicas)
+  return choice.scores, choice.values, *_replicate(choice, replicas)
 
 
 def grouped_topk_redundant(
@@ -216,16 +217,16 @@ def grouped_topk_redundant(
     expert_id_to_ep_rank_array, expert_in_rank_num_list, tokens_per_expert_stats_list,
     redundant_ep_rank_num_plus_one, logits.shape[1],
   )  # fmt: skip
-  choice = _choose_fused(logits, e_score_correction_bias, options, implementation)
-  return choice.scores, choice.values, *_replicate(choice, replicas, implementation)
+  choice = _choose_fused(logits, e_score_correction_bias, options, implementation, replicas)
+  return choice.scores, choice.values, *_replicate(choice, replicas)
 
 
 # ---- arguments ----
 
 
 class _Replicas(NamedTuple):
-  table: Array
-  counts: Array
+  tables: Tables
+  options: ReplicaOptions
   stats: jax.Array
 
 
@@ -254,7 +255,7 @@ def _check_options(
 
 
 def _check_replicas(table: Any, counts: Any, stats: Any, width: Any, experts: int) -> _Replicas:
-  """The table and counts, whose values `assign_replicas` checks, and the counts so far."""
+  """The table and counts, checked, and the counts so far."""
   for name, value, shape, meaning in (
     ("expert_in_rank_num_list", counts, (experts,), "[E]"),
     ("tokens_per_expert_stats_list", stats, (experts,), "[E]"),
@@ -268,7 +269,11 @@ def _check_replicas(table: Any, counts: Any, stats: Any, width: Any, experts: in
   stats = _options.check_array("tokens_per_expert_stats_list", stats)
   if stats.dtype != np.int32:
     raise TypeError(f"tokens_per_expert_stats_list must have dtype int32, got {stats.dtype.name}")
-  return _Replicas(table, counts, stats)
+  checked = _replicas.check_replicas(
+    table, counts, 0, num_physical=_LARGEST_INT, policy="xorshift", load="logical", lead=(),
+    lead_name="()",
+  )  # fmt: skip
+  return _Replicas(*checked, stats)
 
 
 # ---- the choice ----
@@ -278,6 +283,7 @@ class _Choice(NamedTuple):
   scores: jax.Array  # [T, E] float32
   values: jax.Array  # [T, k] float32
   experts: jax.Array  # [T, k] int32
+  assigned: list[jax.Array]  # physical slots [T, k] int32 and load [E] int32, if asked for
 
 
 def _finite(x: jax.Array) -> jax.Array:
@@ -287,29 +293,49 @@ def _finite(x: jax.Array) -> jax.Array:
 
 
 def _route_marked(
-  logits: jax.Array, options: RouteOptions, bias: jax.Array | None, implementation: str | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+  logits: jax.Array,
+  options: RouteOptions,
+  bias: jax.Array | None,
+  implementation: str | None,
+  replicas: _Replicas | None,
+) -> list[jax.Array]:
   """What `route` computes: weights and experts `[T, k]`, and the normalizer `[T]`.
 
   The weights are -0.0 in slots that were filled up, the normalizer is NaN for degenerate tokens.
+  With replicas, physical slots `[T, k]` and the load `[E]` follow.
   """
   given, options = _operands.check_arguments(
     logits, options.k, score=options.score, renormalize=options.renormalize, scale=options.scale,
     bias=bias, groups=options.groups, where=None, experts=None, implementation=implementation,
   )  # fmt: skip
-  operands: Operands = _operands.fold_tokens(given)
   index_dtype = np.dtype(np.int32)
+  static = Static(options, implementation, logits.shape[1], logits.dtype)
+  slots, tokens = (logits.shape[0], options.k), logits.shape[:1]
+  if replicas is None:
+    operands = _operands.fold_tokens(given)
+    if implementation == "reference":
+      results = _reference.route(*operands, options=options, index_dtype=index_dtype)
+    else:
+      results = _route.run_forward(static, index_dtype, *operands)
+    shapes = (slots, slots, tokens)
+    return [x.reshape(shape) for x, shape in zip(results, shapes, strict=True)]
+  static = _route_replicas.Static(static, replicas.options, index_dtype)
+  operands, tables, groups = _route_replicas.fold_tokens(given, replicas.tables)
   if implementation == "reference":
-    results = _reference.route(*operands, options=options, index_dtype=index_dtype)
+    *results, loads = _route_replicas.run_reference(static, operands, tables)
   else:
-    static = Static(options, implementation, logits.shape[1], logits.dtype)
-    results = _route.run_forward(static, index_dtype, *operands)
-  shape = (logits.shape[0], options.k)
-  return results[0].reshape(shape), results[1].reshape(shape), results[2].reshape(shape[:1])
+    *results, loads = _route_replicas.run_forward(static, *operands, *tables)
+  shapes = (slots, slots, tokens, slots)
+  reshaped = [x.reshape(shape) for x, shape in zip(results, shapes, strict=True)]
+  return [*reshaped, _replicas.sum_groups(loads, groups)]
 
 
 def _choose_fused(
-  logits: jax.Array, bias: Any, options: RouteOptions, implementation: str | None
+  logits: jax.Array,
+  bias: Any,
+  options: RouteOptions,
+  implementation: str | None,
+  replicas: _Replicas | None = None,
 ) -> _Choice:
   num_experts = logits.shape[1]
   bias = _options.check_array("e_score_correction_bias", bias)
@@ -321,17 +347,25 @@ def _choose_fused(
       f"got {bias.shape}"
     )
   bias = _finite(bias.reshape(num_experts))
-  values, experts, normalizer = _route_marked(logits, options, bias, implementation)
-  return _spread(values, experts, jnp.isnan(normalizer), num_experts)
+  values, experts, normalizer, *assigned = _route_marked(
+    logits, options, bias, implementation, replicas
+  )
+  return _spread(values, experts, jnp.isnan(normalizer), num_experts, assigned)
 
 
 def _choose_scored(
-  scores: jax.Array, keys: Any, options: RouteOptions, implementation: str | None
+  scores: jax.Array,
+  keys: Any,
+  options: RouteOptions,
+  implementation: str | None,
+  replicas: _Replicas | None = None,
 ) -> _Choice:
   keys = _check_matrix("scores_with_bias", keys)
   _options.check_shape("scores_with_bias", keys.shape, scores.shape, "scores.shape")
   selection = options._replace(score="none", renormalize=False, scale=1.0)
-  marks, experts, normalizer = _route_marked(_finite(keys), selection, None, implementation)
+  marks, experts, normalizer, *assigned = _route_marked(
+    _finite(keys), selection, None, implementation, replicas
+  )
   degenerate = jnp.isnan(normalizer)
   values = jnp.take_along_axis(scores.astype(jnp.float32), experts, axis=1)
   values = jnp.where((marks == 0) & jnp.signbit(marks), np.float32(0), values)
@@ -340,26 +374,21 @@ def _choose_scored(
     scaled = scaled / (jnp.sum(values, axis=1, keepdims=True) + _reference.EPSILON)
   uniform = np.float32(1) / np.float32(options.k)
   scaled = jnp.where(degenerate[:, None], uniform, scaled)
-  return _spread(scaled, experts, degenerate, scores.shape[1])
+  return _spread(scaled, experts, degenerate, scores.shape[1], assigned)
 
 
-def _spread(values, experts, degenerate, num_experts: int) -> _Choice:
+def _spread(values, experts, degenerate, num_experts: int, assigned: list[jax.Array]) -> _Choice:
   """The choice with its values over all experts, which degenerate tokens have none of."""
   present = jnp.where(degenerate[:, None], np.int32(num_experts), experts)
-  return _Choice(_reference.scatter(values, present, num_experts), values, experts)
+  return _Choice(_reference.scatter(values, present, num_experts), values, experts, assigned)
 
 
 def _as_indices(experts: jax.Array) -> jax.Array:
   return experts.astype(jnp.int64 if jax.config.jax_enable_x64 else jnp.int32)
 
 
-def _replicate(
-  choice: _Choice, replicas: _Replicas, implementation: str | None
-) -> tuple[jax.Array, jax.Array]:
+def _replicate(choice: _Choice, replicas: _Replicas) -> tuple[jax.Array, jax.Array]:
   """Physical indices, and the counts with those of this call."""
-  physical, load = assign_replicas(
-    choice.experts, replicas.table, replicas.counts, num_physical=_LARGEST_INT,
-    policy="xorshift", implementation=implementation,
-  )  # fmt: skip
+  physical, load = choice.assigned
   physical = jnp.where(physical == np.int32(_LARGEST_INT), np.int32(-1), physical)
   return _as_indices(physical), replicas.stats + load

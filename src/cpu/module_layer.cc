@@ -205,7 +205,7 @@ ffi::Future replicas(ffi::ThreadPool pool, ffi::AnyBuffer experts, ffi::AnyBuffe
                      ffi::Result<ffi::AnyBuffer> physical, ffi::Result<ffi::AnyBuffer> load,
                      int64_t num_physical, int64_t policy, int64_t load_of, bool has_where) {
   ReplicasCall call;
-  ffi::Error error = decode_replicas({num_physical, policy, load_of, has_where}, experts, table,
+  ffi::Error error = decode_replicas({num_physical, policy, load_of}, has_where, experts, table,
                                      counts, offset, optional, *physical, *load, &call);
   if (error.failure()) return finished(std::move(error));
   prepare_replicas(call);
@@ -216,7 +216,37 @@ ffi::Future replicas(ffi::ThreadPool pool, ffi::AnyBuffer experts, ffi::AnyBuffe
                        });
 }
 
+// The replicas of a chunk of tokens follow its routing while its experts are in the cache.
+ffi::Future route_and_assign_replicas(
+    ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer table, ffi::AnyBuffer counts,
+    ffi::AnyBuffer offset, ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> weights,
+    ffi::Result<ffi::AnyBuffer> experts, ffi::Result<ffi::AnyBuffer> normalizer,
+    ffi::Result<ffi::AnyBuffer> physical, ffi::Result<ffi::AnyBuffer> load, int64_t k,
+    int64_t score, bool renormalize, float scale, int64_t group_count, int64_t group_keep,
+    int64_t group_score, int64_t num_physical, int64_t policy, int64_t load_of, bool has_bias,
+    bool has_where, bool has_experts) {
+  const RouteOptions options =
+      OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
+  RouteForward call;
+  ffi::Error error = decode_route_and_assign_replicas(
+      options, {num_physical, policy, load_of}, has_bias, has_where, has_experts, logits, optional,
+      {table, counts, offset, *weights, *experts, *normalizer, *physical, *load}, &call);
+  if (error.failure()) return finished(std::move(error));
+  prepare_routed_replicas(call.replicas);
+  const RouteForwardKernel kernel = JAX_ROUTER_BEST(route_forward_kernel);
+  return parallel_rows(
+      pool, call.tokens, call.experts + 16 * k,
+      [kernel, call, options](int64_t begin, int64_t end) {
+        const Scratch scratch(kernel.scratch_bytes(call, options));
+        kernel.run(call, options, begin, end, scratch.data());
+        const Scratch own(routed_replicas_scratch_bytes(call.replicas, (end - begin) * options.k));
+        run_routed_replicas(call, options, begin, end, own.data());
+      });
+}
+
 XLA_FFI_DEFINE_HANDLER(kReplicas, replicas, bind_replicas<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(kRouteAndAssignReplicas, route_and_assign_replicas,
+                       bind_route_and_assign_replicas<ffi::ThreadPool>());
 
 }  // namespace
 
@@ -230,6 +260,8 @@ void add_layer_handlers(nb::dict& table) {
   table["experts"] = nb::capsule(reinterpret_cast<void*>(kExperts));
   table["plan"] = nb::capsule(reinterpret_cast<void*>(kPlan));
   table["assign_replicas"] = nb::capsule(reinterpret_cast<void*>(kReplicas));
+  table["route_and_assign_replicas"] =
+      nb::capsule(reinterpret_cast<void*>(kRouteAndAssignReplicas));
 }
 
 }  // namespace jax_router

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "assign.cuh"
 #include "dense.cuh"
 #include "keys_row.cuh"
 #include "options.h"
@@ -156,6 +157,10 @@ __device__ __forceinline__ void write_token(const RouteForward& call, const Rout
     call.weights[token * k + i] = s.valid ? weight : 0.0f;
     store_index(call.indices, call.index_bytes, token * k + i, s.expert);
     if (row.counts != nullptr && s.valid) atomicAdd(row.counts + s.expert, 1);
+    if (call.replicas.load != nullptr) {
+      const int expert[1] = {s.expert};
+      assign_slots(call, token, i, k, expert);
+    }
   }
   if (row.lane == 0) {
     const float nan = __int_as_float(0x7fc00000);

@@ -295,13 +295,33 @@ ffi::Error replicas(cudaStream_t stream, ffi::AnyBuffer experts, ffi::AnyBuffer 
                     ffi::Result<ffi::AnyBuffer> physical, ffi::Result<ffi::AnyBuffer> load,
                     int64_t num_physical, int64_t policy, int64_t load_of, bool has_where) {
   ReplicasCall call;
-  JAX_ROUTER_RETURN_IF_ERROR(decode_replicas({num_physical, policy, load_of, has_where}, experts,
+  JAX_ROUTER_RETURN_IF_ERROR(decode_replicas({num_physical, policy, load_of}, has_where, experts,
                                              table, counts, offset, optional, *physical, *load,
                                              &call));
   return launch_result("assign_replicas", launch_replicas(call, stream));
 }
 
+ffi::Error route_and_assign_replicas(
+    cudaStream_t stream, ffi::AnyBuffer logits, ffi::AnyBuffer table, ffi::AnyBuffer counts,
+    ffi::AnyBuffer offset, ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> weights,
+    ffi::Result<ffi::AnyBuffer> experts, ffi::Result<ffi::AnyBuffer> normalizer,
+    ffi::Result<ffi::AnyBuffer> physical, ffi::Result<ffi::AnyBuffer> load, int64_t k,
+    int64_t score, bool renormalize, float scale, int64_t group_count, int64_t group_keep,
+    int64_t group_score, int64_t num_physical, int64_t policy, int64_t load_of, bool has_bias,
+    bool has_where, bool has_experts) {
+  const RouteOptions options =
+      OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
+  RouteForward call;
+  JAX_ROUTER_RETURN_IF_ERROR(decode_route_and_assign_replicas(
+      options, {num_physical, policy, load_of}, has_bias, has_where, has_experts, logits, optional,
+      {table, counts, offset, *weights, *experts, *normalizer, *physical, *load}, &call));
+  return launch_result("route_and_assign_replicas", launch_route(call, options, stream));
+}
+
 XLA_FFI_DEFINE_HANDLER(kReplicas, replicas, bind_replicas<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kRouteAndAssignReplicas, route_and_assign_replicas,
+                       bind_route_and_assign_replicas<Stream>(),
                        {ffi::Traits::kCmdBufferCompatible});
 
 // ---- table ----
@@ -327,6 +347,8 @@ nb::dict handlers() {
   table["experts"] = nb::capsule(reinterpret_cast<void*>(kExperts));
   table["experts_float8"] = nb::capsule(reinterpret_cast<void*>(kExpertsFloat8));
   table["assign_replicas"] = nb::capsule(reinterpret_cast<void*>(kReplicas));
+  table["route_and_assign_replicas"] =
+      nb::capsule(reinterpret_cast<void*>(kRouteAndAssignReplicas));
   return table;
 }
 

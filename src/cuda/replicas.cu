@@ -95,7 +95,33 @@ Split split_work(const ReplicasCall& call, int processors) {
   return split;
 }
 
+__global__ void __launch_bounds__(kThreads) clear_kernel(int32_t* words, int64_t count) {
+  let_next_kernel_start();
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
+       i += stride) {
+    words[i] = 0;
+  }
+}
+
 }  // namespace
+
+cudaError_t clear_load(const Replicas& replicas, cudaStream_t stream, bool* overlaps) {
+  *overlaps = false;
+  const int64_t count = replicas.batch * replicas.bins;
+  if (count == 0) return cudaSuccess;
+  if constexpr (kProgrammaticLaunch) {
+    // On a new GPU the module may have been compiled from the PTX of an old one, without waiting.
+    cudaFuncAttributes attributes;
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, clear_kernel);
+    if (status != cudaSuccess) return status;
+    *overlaps = attributes.ptxVersion >= 90;
+  }
+  if (!*overlaps) return cudaMemsetAsync(replicas.load, 0, sizeof(int32_t) * count, stream);
+  const int64_t wanted = (count + kThreads - 1) / kThreads;
+  const unsigned blocks = static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks);
+  return launch_kernel(clear_kernel, blocks, kThreads, 0, stream, replicas.load, count);
+}
 
 cudaError_t launch_replicas(const ReplicasCall& call, cudaStream_t stream) {
   if (call.batch == 0) return cudaSuccess;

@@ -10,6 +10,10 @@
 
 namespace jax_router {
 
+// Clears the load for a kernel launched next, which adds to it. `overlaps` becomes true where that
+// kernel may start at once (see LaunchStream): then it must wait before it adds.
+cudaError_t clear_load(const Replicas& replicas, cudaStream_t stream, bool* overlaps);
+
 cudaError_t launch_replicas(const ReplicasCall& call, cudaStream_t stream);
 
 }  // namespace jax_router

@@ -4,6 +4,7 @@
 
 #include "groups.cuh"
 #include "options.h"
+#include "replicas.h"
 #include "route.h"
 
 namespace jax_router {
@@ -39,8 +40,12 @@ DeviceLimits device_limits() {
 // rounds alike, so that a token gets the same bits whatever it is batched with.
 cudaError_t launch_route(const RouteForward& call, const RouteOptions& options,
                          cudaStream_t stream) {
+  RouteForward checked = for_registers(call, options);
+  if (call.replicas.load != nullptr) {
+    const cudaError_t status = clear_load(call.replicas, stream, &checked.overlaps);
+    if (status != cudaSuccess) return status;
+  }
   if (call.tokens == 0) return cudaSuccess;
-  const RouteForward checked = for_registers(call, options);
   const bool listed =
       call.given == nullptr && options.k <= kMostListed && groups_in_registers(call, options);
   const bool few = needs_keys(call, options) && call.tokens <= kFewTokens;

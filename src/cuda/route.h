@@ -12,7 +12,8 @@ namespace jax_router {
 
 inline bool has_stats(const RouteForward& call) { return call.stats.expert_counts != nullptr; }
 
-// The forward of `route`, or of `dense` where the call has probs; or the first part of `stats`.
+// The forward of `route`, or of `dense` where the call has probs, or of `route_and_assign_replicas`
+// where it has replicas; or the first part of `stats`.
 cudaError_t launch_route(const RouteForward& call, const RouteOptions& options,
                          cudaStream_t stream);
 

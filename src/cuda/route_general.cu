@@ -104,7 +104,8 @@ cudaError_t launch_route_general(const RouteForward& call, const RouteOptions& o
   return with_type(call.logits_type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (has_stats(call)) return launch_stats<T>(call, options, stream);
-    return launch_rows(route_general_kernel<T>, call.tokens, bytes, stream, call, options);
+    return launch_rows(route_general_kernel<T>, call.tokens, bytes, {stream, call.overlaps}, call,
+                       options);
   });
 }
 

@@ -143,13 +143,13 @@ template <typename T, typename S>
 cudaError_t launch(const RouteForward& call, const RouteOptions& options, cudaStream_t stream) {
   constexpr int64_t kBlockTokens = int64_t{kRegisterWarps} * kTokens;
   const unsigned blocks = static_cast<unsigned>((call.tokens + kBlockTokens - 1) / kBlockTokens);
-  const size_t bytes = sizeof(uint32_t) * kBlockTokens * bitmap_words(call);
+  const int64_t bytes = sizeof(uint32_t) * kBlockTokens * bitmap_words(call);
   const auto kernel = with_bool(needs_keys(call, options), [&](auto biased) {
     return call.probs == nullptr ? route_lanes_kernel<T, S, biased.value, false>
                                  : route_lanes_kernel<T, S, biased.value, true>;
   });
-  kernel<<<blocks, kRegisterWarps * kWarpSize, bytes, stream>>>(call, options);
-  return cudaGetLastError();
+  return launch_kernel(kernel, blocks, kRegisterWarps * kWarpSize, bytes, {stream, call.overlaps},
+                       call, options);
 }
 
 template <typename T, typename S>

@@ -283,7 +283,8 @@ cudaError_t launch(const RouteForward& call, const RouteOptions& options, cudaSt
   const int64_t blocks = call.tokens < processors ? call.tokens : processors;
   const int warps = even_warps(call, options, sizeof(T), (call.tokens + blocks - 1) / blocks);
   const int bytes = warps * SharedLayout(call, sizeof(T)).bytes();
-  return launch_blocks(kernel, static_cast<unsigned>(blocks), warps, bytes, stream, call, options);
+  return launch_blocks(kernel, static_cast<unsigned>(blocks), warps, bytes, {stream, call.overlaps},
+                       call, options);
 }
 
 template <typename T>

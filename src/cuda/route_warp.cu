@@ -140,9 +140,9 @@ cudaError_t launch(Kernel kernel, int rows, cudaStream_t stream, const RouteForw
                    const Args&... args) {
   const int64_t block_tokens = int64_t{kRegisterWarps} * rows;
   const unsigned blocks = static_cast<unsigned>((call.tokens + block_tokens - 1) / block_tokens);
-  const size_t bytes = sizeof(uint32_t) * kRegisterWarps * kMostRows * bitmap_words(call);
-  kernel<<<blocks, kRegisterWarps * kWarpSize, bytes, stream>>>(call, args...);
-  return cudaGetLastError();
+  const int64_t bytes = sizeof(uint32_t) * kRegisterWarps * kMostRows * bitmap_words(call);
+  return launch_kernel(kernel, blocks, kRegisterWarps * kWarpSize, bytes, {stream, call.overlaps},
+                       call, args...);
 }
 
 template <typename T, int kChunks>

@@ -258,13 +258,58 @@ __device__ __forceinline__ int64_t load_index(const void* indices, int bytes, in
   }
 }
 
-// ---- launches of one warp a row, each warp with its own piece of shared memory ----
+// ---- launches ----
+
+// Whether a kernel may start while the one that clears memory for it still runs, where there are
+// the instructions for that (compute capability 9).
+inline constexpr bool kProgrammaticLaunch = true;
+
+// For the kernel before: lets the next one start once all blocks have come here.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kProgrammaticLaunch) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// For the next one: waits until the kernel before is complete and its writes can be seen.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kProgrammaticLaunch) asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Where a kernel is launched, and whether it may overlap the kernel before it there. If it may, at
+// least one of its threads must wait for that one, or what follows in the stream might not.
+struct LaunchStream {
+  cudaStream_t stream;
+  bool overlaps;
+
+  LaunchStream(cudaStream_t on, bool may_overlap = false) : stream(on), overlaps(may_overlap) {}
+};
+
+template <typename Kernel, typename... Args>
+cudaError_t launch_kernel(Kernel kernel, dim3 blocks, int threads, int64_t bytes, LaunchStream to,
+                          const Args&... args) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = to.stream;
+  config.attrs = &overlap;
+  config.numAttrs = to.overlaps ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, args...);
+  return cudaGetLastError();
+}
+
+// One warp a row, each warp with its own piece of shared memory.
 
 inline constexpr int kSharedBytesPerBlock = 48 * 1024;  // of this several warps of a block share
 inline constexpr int kMostBlocks = 4096;                // more rows than that are looped over
 
 template <typename Kernel, typename... Args>
-cudaError_t launch_rows(Kernel kernel, int64_t rows, int64_t bytes_per_warp, cudaStream_t stream,
+cudaError_t launch_rows(Kernel kernel, int64_t rows, int64_t bytes_per_warp, LaunchStream stream,
                         const Args&... args) {
   if (rows == 0) return cudaSuccess;
   int warps = 8;
@@ -277,23 +322,21 @@ cudaError_t launch_rows(Kernel kernel, int64_t rows, int64_t bytes_per_warp, cud
   }
   const int64_t wanted = (rows + warps - 1) / warps;
   const unsigned blocks = static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks);
-  kernel<<<blocks, warps * kWarpSize, static_cast<size_t>(bytes), stream>>>(args...);
-  return cudaGetLastError();
+  return launch_kernel(kernel, blocks, warps * kWarpSize, bytes, stream, args...);
 }
 
 inline constexpr int64_t kMostGridRows = 65535;  // gridDim.y; more are looped over
 
 // A launch of blocks of so many warps with `bytes` of shared memory.
 template <typename Kernel, typename... Args>
-cudaError_t launch_blocks(Kernel kernel, dim3 blocks, int warps, int bytes, cudaStream_t stream,
+cudaError_t launch_blocks(Kernel kernel, dim3 blocks, int warps, int bytes, LaunchStream stream,
                           const Args&... args) {
   if (bytes > 0) {
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status != cudaSuccess) return status;
   }
-  kernel<<<blocks, warps * kWarpSize, static_cast<size_t>(bytes), stream>>>(args...);
-  return cudaGetLastError();
+  return launch_kernel(kernel, blocks, warps * kWarpSize, bytes, stream, args...);
 }
 
 // The rows of a warp in such a launch.

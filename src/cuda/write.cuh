@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "assign.cuh"
 #include "dense.cuh"
 #include "options.h"
 #include "rank.cuh"
@@ -130,6 +131,13 @@ __device__ __forceinline__ void write_slots(const RouteForward& call, const Rout
   }
   if (lane == 0) {
     call.normalizer[token] = uniform || !real ? __int_as_float(0x7fc00000) : normalizer;
+  }
+  if constexpr (kExtra == Extra::kNone) {
+    if (call.replicas.load == nullptr) return;
+    int written[kSlots];
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) written[i] = real ? experts[i] : -1;
+    assign_slots(call, token, lane * kSlots, k, written);
   }
 }
 
