@@ -155,23 +155,30 @@ __device__ __forceinline__ Candidates list_candidates(
   registers.unpack(x);
   float classes[S::kClasses];
   Tolerance tolerance = kExact;
+  const bool sums_softmax = options.score == Score::kSoftmax && !options.renormalize;
   if constexpr (kBiased) {
     if (row.bias != nullptr && row.score == Score::kSigmoid) {
       turn_into_sigmoids<S, kAtOnce>(row, x, lane);
       tolerance = kApproximate;
+    } else if (row.bias == nullptr) {
+      if (sums_softmax) row.softmax = softmax_of<S>(x, top_of<S>(x));
+#pragma unroll
+      for (int j = 0; j < S::kChunks; ++j) {
+#pragma unroll
+        for (int c = 0; c < kChunk; ++c) x[j][c] = larger(x[j][c], -kInfinity);
+      }
     } else {
       float4 values[S::kChunks];
 #pragma unroll
       for (int j = 0; j < S::kChunks; ++j) values[j] = Four<float>::pack(x[j]).raw;
-      const bool by_logit = row.bias == nullptr && options.renormalize;
-      const Comparison comparison = compare_by_any_score<S>(row, by_logit, values, lane);
+      const Comparison comparison = compare_by_any_score<S>(row, values, lane);
       row.softmax = comparison.softmax;
       tolerance = comparison.tolerance;
 #pragma unroll
       for (int j = 0; j < S::kChunks; ++j) Four<float>{values[j]}.unpack(x[j]);
     }
     limit_to_groups<S>(options, row, tolerance, x, classes, *groups, lane);
-  } else if (options.score == Score::kSoftmax && !options.renormalize) {
+  } else if (sums_softmax) {
     row.softmax = softmax_of<S>(x, top_of<S>(x));
   }
   *fits = true;

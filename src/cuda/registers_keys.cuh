@@ -169,7 +169,7 @@ __device__ __forceinline__ void turn_into_scores(const RowValues<T, true>& row,
   }
 }
 
-// How elements are compared, whatever the groups.
+// How elements with a bias are compared, whatever the groups.
 struct Comparison {
   Tolerance tolerance;  // of what is in the place of logits
   Softmax softmax;      // where the score is one
@@ -179,20 +179,14 @@ struct Comparison {
 // for all, known in each case, so that the chains of operations of many elements overlap. Not
 // inlined: the kernels run through their instructions once, and should not have to jump over these.
 template <typename S, typename T>
-__device__ __noinline__ Comparison compare_by_any_score(RowValues<T, true> row, bool by_logit,
-                                                        float4* values, int lane) {
+__device__ __noinline__ Comparison compare_by_any_score(RowValues<T, true> row, float4* values,
+                                                        int lane) {
   float x[S::kChunks][kChunk];
 #pragma unroll
   for (int j = 0; j < S::kChunks; ++j) Four<float>{values[j]}.unpack(x[j]);
   Tolerance tolerance = kExact;
-  if (row.score == Score::kSoftmax && !by_logit) row.softmax = softmax_of<S>(x, top_of<S>(x));
-  if (row.bias == nullptr) {
-#pragma unroll
-    for (int j = 0; j < S::kChunks; ++j) {
-#pragma unroll
-      for (int c = 0; c < kChunk; ++c) x[j][c] = larger(x[j][c], -kInfinity);
-    }
-  } else if (row.score == Score::kSoftmax) {
+  if (row.score == Score::kSoftmax) {
+    row.softmax = softmax_of<S>(x, top_of<S>(x));
     const float inverse = 1.0f / row.softmax.total;
     turn_into_scores<S>(row, x, lane, [&](float logit) {
       const float difference = smaller(logit, kLargest) - row.softmax.largest;
