@@ -33,8 +33,8 @@ _DEPTH_MULTIPLE = 64
 _WIDTH_MULTIPLE = 8
 _MOST_EXPERTS = 65536
 _MOST = 2**31 - 1
-# Beyond so many tokens a matmul by cuBLAS is the faster one, in 16 bits (benchmarks/experts.py).
-_MOST_FASTER = 320
+# Beyond so many tokens weights are read more than once, and in 16 bits cuBLAS takes over.
+_MOST_FASTER = 512
 CUDA_LIMITS = (
   f"{', '.join(_CUDA_DTYPES)}, at most {_MOST_EXPERTS} experts, I in multiples of "
   f"{_DEPTH_MULTIPLE}, H in multiples of {_WIDTH_MULTIPLE}, and fewer than 2**31 of tokens, of H "

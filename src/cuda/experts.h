@@ -15,10 +15,9 @@ namespace jax_router {
 
 enum class ExpertsType : int { kBfloat16, kFloat16, kFloat8 };
 
-inline constexpr int kHiddenTile = 128;         // rows of the hidden size of a thread block
-inline constexpr int kScaleBlock = 128;         // columns that share a scale in float8
+inline constexpr int kScaleBlock = 128;         // rows and columns that share a scale in float8
 inline constexpr int kMostExpertsBlocks = 144;  // resident thread blocks that are made use of
-inline constexpr int kMostTokenChunks = 16;     // rows of the mask of chosen experts
+inline constexpr int kMostTileTokens = 512;     // of a tile of the result
 
 // One call: the sum over experts and i of alpha[t, e] * h[t, e, i] * w2[e, i, n].
 struct DenseExperts {
@@ -34,26 +33,25 @@ struct DenseExperts {
   int64_t experts;
   int64_t depth;   // a multiple of 64; float8: of 128
   int64_t hidden;  // a multiple of 8
-  bool skip;       // whether experts that no token has chosen are left out; the bits are the same
   // Scratch, see ExpertsScratch.
   float* multipliers;
-  uint32_t* chosen;
+  int32_t* chosen;
+  int32_t* counts;
   int32_t* tickets;
   float* partials;
 };
 
-// How tokens are cut into tiles, and which blocks form a cluster. 0: chosen by the number of
+// The rows of the hidden size of a tile of the result, 64 or 128; 0: chosen by the number of
 // tokens.
 struct ExpertsTactic {
-  int width;          // tokens of a tile
-  int hidden_blocks;  // blocks of a cluster along the hidden size, which share their tokens
-  int token_blocks;   // and along the tokens, which share their weights
+  int hidden_tile;
 };
 
 // Elements of the scratch of a call.
 struct ExpertsScratch {
-  int64_t multipliers;  // weights of the tokens, expert after expert, times their scales
-  int64_t chosen;       // a bit for each expert that any token of a chunk has chosen
+  int64_t multipliers;  // of the tokens that have chosen an expert, times their scales
+  int64_t chosen;       // these tokens
+  int64_t counts;       // how many
   int64_t tickets;
   int64_t partials;
 };

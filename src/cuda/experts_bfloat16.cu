@@ -2,8 +2,6 @@
 
 namespace jax_router {
 
-ExpertsKernel experts_kernel_bfloat16(int tokens) {
-  return find_experts_kernel<ExpertsType::kBfloat16>(tokens);
-}
+ExpertsKernels experts_kernels_bfloat16() { return experts_kernels<ExpertsType::kBfloat16>(); }
 
 }  // namespace jax_router

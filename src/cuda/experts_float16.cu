@@ -2,8 +2,6 @@
 
 namespace jax_router {
 
-ExpertsKernel experts_kernel_float16(int tokens) {
-  return find_experts_kernel<ExpertsType::kFloat16>(tokens);
-}
+ExpertsKernels experts_kernels_float16() { return experts_kernels<ExpertsType::kFloat16>(); }
 
 }  // namespace jax_router

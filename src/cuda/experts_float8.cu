@@ -2,8 +2,6 @@
 
 namespace jax_router {
 
-ExpertsKernel experts_kernel_float8(int tokens) {
-  return find_experts_kernel<ExpertsType::kFloat8>(tokens);
-}
+ExpertsKernels experts_kernels_float8() { return experts_kernels<ExpertsType::kFloat8>(); }
 
 }  // namespace jax_router

@@ -1,4 +1,4 @@
-// The result of a tile of `experts`: pieces added up, and totals written.
+// The result of a tile of `experts`: sums of its pieces added up, and written.
 
 #ifndef JAX_ROUTER_CUDA_EXPERTS_RESULT_CUH_
 #define JAX_ROUTER_CUDA_EXPERTS_RESULT_CUH_
@@ -7,121 +7,106 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "experts_work.cuh"
 #include "pipeline.cuh"
 
 namespace jax_router {
 
-// Transposes a matrix of 8 x 8 elements of 16 bits: of lane l, two neighbours of row l / 4.
-__device__ __forceinline__ uint32_t transpose(uint32_t pair) {
-  uint32_t result;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
-  return result;
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (std::is_same<T, __half>::value) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
+// Calls visit(token, column) for columns of four rows of the hidden size, of as many tokens as the
+// threads that multiply have at once. Visits in between may overlap.
+template <int kHiddenTile, typename Visit>
+__device__ __forceinline__ void visit_totals(int tokens, Visit visit) {
+  constexpr int kColumns = kHiddenTile / 4;
+  constexpr int kAtOnce = 2 * kHiddenTile / kColumns;
+  const int thread = threadIdx.x - kLoadThreads;
+#pragma unroll 4
+  for (int token = thread / kColumns; token < tokens; token += kAtOnce) {
+    visit(token, thread % kColumns * 4);
   }
 }
 
-// Writes totals; `hidden` is the first of the 16 rows of this warp, `token` the first of the tile.
-// Sectors of 32 bytes are written whole.
-template <typename T, int kTokens>
-__device__ __forceinline__ void store_halves(const ExpertsWork& work, int64_t hidden, int64_t token,
-                                             const float (&totals)[kTokens / 2]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int j = 0; j < kTokens / 8; ++j) {
-    const uint32_t low = transpose(pack<T>(totals[4 * j], totals[4 * j + 1]));
-    const uint32_t high = transpose(pack<T>(totals[4 * j + 2], totals[4 * j + 3]));
-    const int64_t t = token + 8 * j + lane / 4;
-    if (t >= work.tokens) continue;
-    T* place = static_cast<T*>(work.result) + t * work.hidden + hidden + 2 * (lane % 4);
-    if (hidden < work.hidden) *reinterpret_cast<uint32_t*>(place) = low;
-    if (hidden + 8 < work.hidden) *reinterpret_cast<uint32_t*>(place + 8) = high;
-  }
-}
-
-template <int kTokens>
-__device__ __forceinline__ void store_floats(const ExpertsWork& work, int64_t hidden, int64_t token,
-                                             const float (&totals)[kTokens / 2]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) {
-    const int64_t t = token + 8 * (i / 4) + 2 * (lane % 4) + i % 2;
-    const int64_t n = hidden + lane / 4 + 8 * (i / 2 % 2);
-    if (t < work.tokens && n < work.hidden) {
-      static_cast<float*>(work.result)[t * work.hidden + n] = totals[i];
-    }
-  }
-}
-
-template <int kTokens>
-__device__ __forceinline__ void store_totals(const ExpertsWork& work, int64_t hidden, int64_t token,
-                                             const float (&totals)[kTokens / 2]) {
+// Writes four neighbours: all or none are inside, the hidden size is a multiple of 8.
+__device__ __forceinline__ void store_result(const ExpertsWork& work, int64_t at, float4 x) {
   if (work.result_type == LogitsType::kFloat32) {
-    store_floats<kTokens>(work, hidden, token, totals);
-  } else if (work.result_type == LogitsType::kFloat16) {
-    store_halves<__half, kTokens>(work, hidden, token, totals);
+    *reinterpret_cast<float4*>(static_cast<float*>(work.result) + at) = x;
+    return;
+  }
+  uint2 pairs;
+  if (work.result_type == LogitsType::kFloat16) {
+    const __half2 low = __floats2half2_rn(x.x, x.y);
+    const __half2 high = __floats2half2_rn(x.z, x.w);
+    pairs = {reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high)};
   } else {
-    store_halves<__nv_bfloat16, kTokens>(work, hidden, token, totals);
+    const __nv_bfloat162 low = __floats2bfloat162_rn(x.x, x.y);
+    const __nv_bfloat162 high = __floats2bfloat162_rn(x.z, x.w);
+    pairs = {reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high)};
   }
+  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(work.result) + at) = pairs;
 }
 
-// The partial sums of a slot, four of a thread together.
-template <int kTokens>
-__device__ __forceinline__ float4* partials_of(const ExpertsWork& work, int slot, int rank) {
-  const int64_t ranks = work.hidden_blocks * work.token_blocks;
-  return reinterpret_cast<float4*>(work.partials) +
-         (slot * ranks + rank) * (kTokens / 8) * kMathThreads + threadIdx.x - kLoadThreads;
-}
-
-// Leaves the sums of a piece for others. The last block to arrive at a tile gets true, and in
-// `totals` the sum of all pieces in the order of their experts.
-template <int kTokens>
-__device__ __forceinline__ bool join_pieces(const ExpertsWork& work, const ExpertsPiece& piece,
-                                            int rank, volatile int* flag,
-                                            float (&totals)[kTokens / 2]) {
-  float4* mine = partials_of<kTokens>(work, piece.slot, rank);
-#pragma unroll
-  for (int j = 0; j < kTokens / 8; ++j) {
-    __stcg(mine + j * kMathThreads,
-           make_float4(totals[4 * j], totals[4 * j + 1], totals[4 * j + 2], totals[4 * j + 3]));
+// Writes a piece that is a whole tile; else leaves its sums for others, and the last block to
+// arrive at a tile writes the sum of all pieces in the order of their experts. By all threads that
+// multiply, which see all totals of the block.
+template <int kHiddenTile>
+__device__ __forceinline__ void finish_piece(const ExpertsWork& work,
+                                             const ExpertsSchedule& schedule,
+                                             const ExpertsPiece& piece, const float* totals,
+                                             volatile int* flag) {
+  constexpr int kStride = ExpertsLayout::totals_stride(kHiddenTile);
+  const TilePlace<kHiddenTile> tile(work, piece.tile);
+  const int64_t left = work.tokens - tile.token;
+  const int tokens = left < work.tile_tokens ? static_cast<int>(left) : work.tile_tokens;
+  const auto partial = [&](int slot, int token, int column) {
+    const int64_t row = int64_t{slot} * work.tile_tokens + token;
+    return reinterpret_cast<float4*>(work.partials + row * kHiddenTile + column);
+  };
+  const auto store = [&](int token, int column, const float4& sum) {
+    const int64_t hidden = tile.hidden + column;
+    if (hidden < work.hidden) store_result(work, (tile.token + token) * work.hidden + hidden, sum);
+  };
+  const auto total = [&](int token, int column) {
+    return *reinterpret_cast<const float4*>(totals + token * kStride + column);
+  };
+  if (piece.slot < 0) {
+    visit_totals<kHiddenTile>(
+        tokens, [&](int token, int column) { store(token, column, total(token, column)); });
+    return;
   }
-  const ExpertsPieces pieces = work.schedule.pieces(piece.tile);
+  visit_totals<kHiddenTile>(tokens, [&](int token, int column) {
+    __stcg(partial(piece.slot, token, column), total(token, column));
+  });
+  const ExpertsSlots slots = schedule.slots(piece.tile);
   __threadfence();
-  sync_threads<1, kMathThreads>();
+  sync_threads<1, 2 * kHiddenTile>();
   if (threadIdx.x == kLoadThreads) {
-    const int64_t ranks = work.hidden_blocks * work.token_blocks;
-    *flag = atomicAdd(work.tickets + int64_t{piece.tile} * ranks + rank, 1) ==
-            pieces.own + pieces.rest - 1;
+    *flag = atomicAdd(work.tickets + piece.tile, 1) == slots.count - 1;
   }
-  sync_threads<1, kMathThreads>();
-  if (*flag == 0) return false;
+  sync_threads<1, 2 * kHiddenTile>();
+  if (*flag == 0) return;
   __threadfence();
+  // Many sums are on their way at once: nothing else is left to do.
+  constexpr int kColumns = kHiddenTile / 4;
+  constexpr int kAtOnce = 2 * kHiddenTile / kColumns;
+  constexpr int kTokens = 8;
+  const int thread = threadIdx.x - kLoadThreads;
+  const int column = thread % kColumns * 4;
+  for (int first = thread / kColumns; first < tokens; first += kTokens * kAtOnce) {
+    float4 sums[kTokens] = {};
+#pragma unroll 2
+    for (int i = 0; i < slots.count; ++i) {
 #pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) totals[i] = 0.0f;
-  for (int i = 0; i < pieces.own + pieces.rest; ++i) {
-    const int slot = i < pieces.own ? pieces.own_first + i : pieces.rest_first + i - pieces.own;
-    const float4* partial = partials_of<kTokens>(work, slot, rank);
+      for (int j = 0; j < kTokens; ++j) {
+        const float4 x =
+            __ldcg(partial(slots.first + i, min(first + j * kAtOnce, tokens - 1), column));
+        sums[j] = {sums[j].x + x.x, sums[j].y + x.y, sums[j].z + x.z, sums[j].w + x.w};
+      }
+    }
 #pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
-      const float4 sum = __ldcg(partial + j * kMathThreads);
-      totals[4 * j] += sum.x;
-      totals[4 * j + 1] += sum.y;
-      totals[4 * j + 2] += sum.z;
-      totals[4 * j + 3] += sum.w;
+    for (int j = 0; j < kTokens; ++j) {
+      if (first + j * kAtOnce < tokens) store(first + j * kAtOnce, column, sums[j]);
     }
   }
-  return true;
 }
 
 }  // namespace jax_router

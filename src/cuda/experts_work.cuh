@@ -1,5 +1,5 @@
-// What the warps of the kernel of `experts` share: the call, the layout of shared memory, the
-// experts that are not left out, and whether a piece must be done again.
+// What the warps of the kernel of `experts` share: the call, the layout of shared memory, and the
+// tokens that have chosen each expert.
 
 #ifndef JAX_ROUTER_CUDA_EXPERTS_WORK_CUH_
 #define JAX_ROUTER_CUDA_EXPERTS_WORK_CUH_
@@ -13,154 +13,198 @@
 
 namespace jax_router {
 
+inline constexpr int kLoadThreads = 128;  // a warp for weights, one for tokens, two for records
+inline constexpr int kRecordWarps = 2;
+inline constexpr int kMostItemTokens = 128;  // that an expert is multiplied by at once
+inline constexpr int kRecords = 4;           // of the ring
+inline constexpr int kMostStages = 12;
+inline constexpr int kEnoughStages = 6;  // of weights on their way, to read them at full speed
+inline constexpr int kExpertsShared = 227 * 1024;
+inline constexpr int kMostListed = 2048;  // experts of which those that are chosen are listed
+inline constexpr int kSpareRows = 4;      // of totals, for slots without a token
+inline constexpr int kDealBytes = 48;     // of an ExpertsDeal
+
+// What is multiplied next: the tokens of an item, and their multipliers for one block of depth.
+struct ExpertsRecord {
+  int tokens[kMostItemTokens];  // of the tile
+  float multipliers[kMostItemTokens];
+  int count;      // 0: the piece is done
+  int unused[3];  // 16 bytes are read at once
+};
+
+// Shared memory of a block: the ring of stages, that of records, the sums of the tile, barriers.
+struct ExpertsLayout {
+  int stages_bytes;  // of all stages
+  int records_at;
+  int totals_at;
+  int listed_at;
+  int barriers_at;  // of stages: full, then empty; of records: full, then empty
+  int flag_at;
+  int bytes;  // the last ones are those of an ExpertsDeal
+
+  ExpertsLayout() = default;
+  ExpertsLayout(int hidden_tile, int tile_tokens, int listed) {
+    const int records = kRecords * static_cast<int>(sizeof(ExpertsRecord));
+    const int totals = (tile_tokens + kSpareRows) * totals_stride(hidden_tile) * 4;
+    const int list = (listed + 7) / 8 * 16;
+    const int barriers = (2 * kMostStages + 2 * kRecords) * 8 + 16 + kDealBytes;
+    stages_bytes = (kExpertsShared - records - totals - list - barriers) / 1024 * 1024;
+    records_at = stages_bytes;
+    totals_at = records_at + records;
+    listed_at = totals_at + totals;
+    barriers_at = listed_at + list;
+    flag_at = barriers_at + (2 * kMostStages + 2 * kRecords) * 8;
+    bytes = barriers_at + barriers;
+  }
+
+  // Sums of different tokens, at the same rows, should lie in different banks.
+  JAX_ROUTER_HOST_DEVICE static constexpr int totals_stride(int hidden_tile) {
+    return hidden_tile + 8;
+  }
+};
+
 // What the kernel needs to know of a call.
 struct ExpertsWork {
-  ExpertsSchedule schedule;
-  const float* multipliers;  // [experts * blocks, padded_tokens]
-  const uint32_t* chosen;    // [token_chunks, words]
+  ExpertsLayout layout;
+  const char* h;             // [tokens, experts * depth]
+  const float* multipliers;  // [token tiles, experts * blocks, tile_tokens]
+  const int32_t* chosen;     // [token tiles, experts, tile_tokens]
+  const int32_t* counts;     // [token tiles, experts]
   const float* w_scale;
-  float* partials;   // [slots, blocks of a cluster, width / 8, 256 threads, 4]
-  int32_t* tickets;  // [tiles, blocks of a cluster]
+  float* partials;   // [slots, tile_tokens, hidden tile]
+  int32_t* tickets;  // [tiles]
   void* result;
   LogitsType result_type;
   int64_t tokens;
-  int64_t padded_tokens;
   int64_t hidden;
-  int token_groups;  // tiles of a cluster along the tokens
-  int hidden_blocks;
-  int token_blocks;
+  int experts;
+  int tiles;  // of the result
+  int tile_tokens;
+  int token_tiles;
+  bool lists;  // whether experts that are chosen are listed first, and no others dealt out
   int blocks;  // of depth of an expert, with a multiplier each
   int parts;   // stages of such a block
-  int words;   // of a row of the mask
-  int token_chunks;
 };
 
-inline constexpr int kLoadThreads = 128;
-inline constexpr int kMathThreads = 256;
-inline constexpr int kExpertsThreads = kLoadThreads + kMathThreads;
-// Registers of a thread. Those that warps give up must be enough for those that take more, or these
-// wait for ever.
-inline constexpr int kLoadRegisters = 56;
-inline constexpr int kMathRegisters = 224;
-inline constexpr int kLaunchRegisters = 65536 / kExpertsThreads / 8 * 8;
-static_assert(kLoadRegisters * kLoadThreads + kMathRegisters * kMathThreads <=
-              kLaunchRegisters * kExpertsThreads);
-inline constexpr int kExpertsShared = 227 * 1024;
+// The tile of a piece: its first row of the hidden size, and its first token.
+template <int kHiddenTile>
+struct TilePlace {
+  int token_tile;
+  int hidden;
+  int64_t token;
 
-// Shared memory of a block. Multipliers have a ring of their own with one row more than there are
-// stages: one is read until its sums are scaled, after their stage was given back.
-template <ExpertsType kType, int kTokens>
-struct ExpertsShape {
-  static constexpr int kDepth = kType == ExpertsType::kFloat8 ? 128 : 64;  // of a stage: 128 bytes
-  static constexpr int kWeightBytes = kHiddenTile * 128;
-  static constexpr int kTokenBytes = kTokens * 128;
-  static constexpr int kRowBytes = kTokens * 4;
-  static constexpr int kStageBytes = kWeightBytes + kTokenBytes + kRowBytes + 16;
-  static constexpr int kFit = (kExpertsShared - kRowBytes - 32) / kStageBytes;
-  static constexpr int kStages = kFit < 10 ? kFit : 10;
-  static constexpr int kRows = kStages + 1;
-  static constexpr int kTokensAt = kStages * kWeightBytes;
-  static constexpr int kRowsAt = kTokensAt + kStages * kTokenBytes;
-  static constexpr int kFullAt = kRowsAt + kRows * kRowBytes;
-  static constexpr int kEmptyAt = kFullAt + kStages * 8;
-  static constexpr int kVerdictAt = kEmptyAt + kStages * 8;
-  static constexpr int kFlagAt = kVerdictAt + 16;
-  static constexpr int kBytes = kFlagAt + 16;
-  static_assert(kBytes <= kExpertsShared);
+  __device__ __forceinline__ TilePlace(const ExpertsWork& work, int tile)
+      : token_tile(tile % work.token_tiles),
+        hidden(tile / work.token_tiles * kHiddenTile),
+        token(int64_t{token_tile} * work.tile_tokens) {}
 };
 
-// ---- experts that are not left out ----
-
-class ChosenExperts {
- public:
-  __device__ __forceinline__ ChosenExperts(const ExpertsWork& work, int begin, int end)
-      : work_(work), next_(begin), end_(end) {
-    if (next_ < end_) load();
-  }
-
-  // The next expert in ascending order.
-  __device__ __forceinline__ bool next(int* expert) {
-    while (next_ < end_) {
-      if (word_ != 0) {
-        *expert = (next_ & ~31) + __ffs(static_cast<int>(word_)) - 1;
-        word_ &= word_ - 1;
-        return *expert < end_;
-      }
-      next_ = (next_ | 31) + 1;
-      if (next_ < end_) load();
-    }
-    return false;
-  }
-
- private:
-  __device__ __forceinline__ void load() {
-    word_ = 0;
-#pragma unroll 1
-    for (int i = 0; i < work_.token_chunks; ++i) {
-      word_ |= __ldg(work_.chosen + static_cast<int64_t>(i) * work_.words + next_ / 32);
-    }
-    word_ &= ~0u << (next_ & 31);
-  }
-
-  const ExpertsWork& work_;
-  int next_;
-  int end_;
-  uint32_t word_ = 0;
-};
-
-// A stage of the ring, and the parity of its barriers.
-template <int kStages>
+// A stage of a ring, and the parity of its barriers.
 struct RingStage {
-  uint32_t index = 0;
+  int index = 0;
   uint32_t parity = 0;
 
-  __device__ __forceinline__ void advance() {
-    if (++index == kStages) {
+  __device__ __forceinline__ void advance(int stages) {
+    if (++index == stages) {
       index = 0;
       parity ^= 1;
     }
   }
 };
 
-// ---- whether a piece must be done again ----
+// The barriers of a ring: that stage i is full, and that it is empty.
+struct RingBarriers {
+  uint32_t full_at;
+  uint32_t empty_at;
 
-// Sums that are not finite must not reach tokens that have not chosen their expert. That takes a
-// comparison for each sum, so it is left out at first; if totals are not finite in the end, the
-// blocks of the cluster do the piece again with it. All warps that multiply, and the one that
-// loads, of all blocks, take part in a verdict.
-class Verdicts {
- public:
-  // `barrier` is followed by two words, of even and odd verdicts.
-  __device__ __forceinline__ Verdicts(uint32_t barrier, int ranks)
-      : barrier_(barrier), ranks_(ranks) {}
-
-  static __device__ __forceinline__ void init(uint32_t barrier, int ranks) {
-    init_barrier(barrier, ranks * (kMathThreads / 32 + 1));
-    store_shared(barrier + 8, 0);
-    store_shared(barrier + 12, 0);
+  __device__ __forceinline__ uint32_t full(const RingStage& stage) const {
+    return full_at + stage.index * 8;
   }
-
-  // By a warp, or by one thread as lane 0 of 1. Whether any was not good.
-  __device__ __forceinline__ bool again(bool good, int lane, int lanes) {
-    ++count_;
-    const uint32_t word = 8 + 4 * (count_ & 1);
-    for (int rank = lane; rank < ranks_; rank += lanes) {
-      const uint32_t there = address_in_block(barrier_, rank);
-      if (!good) {
-        store_in_cluster(there + word, count_);
-        fence_cluster();
-      }
-      arrive_in_cluster(there);
-    }
-    wait_barrier_of_cluster(barrier_, (count_ - 1) & 1);
-    return load_shared(barrier_ + word) == count_;
+  __device__ __forceinline__ uint32_t empty(const RingStage& stage) const {
+    return empty_at + stage.index * 8;
   }
-
- private:
-  uint32_t barrier_;
-  int ranks_;
-  uint32_t count_ = 0;
 };
+
+__device__ __forceinline__ RingBarriers stage_barriers(const ExpertsWork& work, uint32_t memory) {
+  const uint32_t at = memory + work.layout.barriers_at;
+  return {at, at + kMostStages * 8};
+}
+__device__ __forceinline__ RingBarriers record_barriers(const ExpertsWork& work, uint32_t memory) {
+  const uint32_t at = memory + work.layout.barriers_at + 2 * kMostStages * 8;
+  return {at, at + kRecords * 8};
+}
+
+// What all warps of all blocks know before they start.
+struct ExpertsDeal {
+  ExpertsSchedule schedule;
+  const uint16_t* listed;  // the experts, where they are listed
+  int item_tokens;         // that are multiplied by an expert at once, at most
+  int stages;
+  int stage_bytes;
+};
+static_assert(sizeof(ExpertsDeal) <= kDealBytes);
+
+// Visits the experts of a piece that any token has chosen, in ascending order, by a whole warp:
+// `visit(expert, first, count)`, so many of its tokens from `first` on, at most deal.item_tokens.
+template <typename Visit>
+__device__ __forceinline__ void visit_items(const ExpertsWork& work, const ExpertsDeal& deal,
+                                            int token_tile, const ExpertsPiece& piece,
+                                            Visit visit) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int32_t* counts = work.counts + int64_t{token_tile} * work.experts;
+  for (int begin = piece.begin; begin < piece.end; begin += kWarpSize) {
+    const int at = min(begin + lane, piece.end - 1);
+    const int expert = work.lists ? deal.listed[at] : at;
+    const int count = begin + lane < piece.end ? __ldg(counts + expert) : 0;
+    for (unsigned rest = __ballot_sync(kAllLanes, count > 0); rest != 0; rest &= rest - 1) {
+      const int i = __ffs(static_cast<int>(rest)) - 1;
+      const int of_expert = __shfl_sync(kAllLanes, count, i);
+      const int found = __shfl_sync(kAllLanes, expert, i);
+      for (int first = 0; first < of_expert; first += deal.item_tokens) {
+        visit(found, first, min(of_expert - first, deal.item_tokens));
+      }
+    }
+  }
+}
+
+// Deals the experts out, by a warp: lists those that any token has chosen, or the first if there
+// are none. More tokens at once leave fewer stages, fewer at once read the weights of an expert
+// that more have chosen again: as few as make that rare.
+__device__ __forceinline__ ExpertsDeal deal_experts(const ExpertsWork& work, int hidden_tile,
+                                                    uint16_t* listed, int blocks) {
+  const int lane = threadIdx.x % kWarpSize;
+  int found = 0;
+  int items[3] = {};  // of 16, 32 and 64 tokens
+  const int lists = work.experts * work.token_tiles;
+#pragma unroll 4
+  for (int begin = 0; begin < lists; begin += kWarpSize) {
+    const int count = begin + lane < lists ? __ldg(work.counts + begin + lane) : 0;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) items[i] += (count + (16 << i) - 1) >> (4 + i);
+    const unsigned all = __ballot_sync(kAllLanes, count > 0);
+    if (work.lists && count > 0) {
+      listed[found + __popc(all & lanes_below(lane))] = static_cast<uint16_t>(begin + lane);
+    }
+    found += __popc(all);
+  }
+  if (found == 0 && work.lists && lane == 0) listed[0] = 0;
+  ExpertsDeal deal;
+  const int experts = work.lists ? max(found, 1) : work.experts;
+  deal.schedule = ExpertsSchedule::make(work.tiles, experts, blocks);
+  deal.listed = listed;
+  const auto stages = [&](int item_tokens) {
+    return work.layout.stages_bytes / ((hidden_tile + item_tokens) * 128);
+  };
+  deal.item_tokens = stages(32) >= kEnoughStages ? 32 : 16;
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    const int all = __reduce_add_sync(kAllLanes, items[i]);
+    if (4 * all > 5 * found && deal.item_tokens == 16 << i) deal.item_tokens = 32 << i;
+  }
+  deal.stage_bytes = (hidden_tile + deal.item_tokens) * 128;
+  deal.stages = min(stages(deal.item_tokens), kMostStages);
+  return deal;
+}
 
 }  // namespace jax_router
 

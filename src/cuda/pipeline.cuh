@@ -1,5 +1,5 @@
-// Barriers in shared memory, bulk copies of tiles, and clusters: what a pipeline between warps that
-// load and warps that compute is made of. For Hopper.
+// Barriers in shared memory and bulk copies of tiles: what a pipeline between warps that load and
+// warps that compute is made of. For Hopper.
 
 #ifndef JAX_ROUTER_CUDA_PIPELINE_CUH_
 #define JAX_ROUTER_CUDA_PIPELINE_CUH_
@@ -16,7 +16,7 @@ __device__ __forceinline__ void init_barrier(uint32_t barrier, uint32_t arrivals
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers visible to the cluster and to bulk copies.
+// Makes initialised barriers visible to bulk copies.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -27,15 +27,21 @@ __device__ __forceinline__ void arrive_expecting(uint32_t barrier, uint32_t byte
                : "memory");
 }
 
-// The address that another block of the cluster, or this one, has something at.
-__device__ __forceinline__ uint32_t address_in_block(uint32_t address, uint32_t rank) {
-  uint32_t result;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
-  return result;
+__device__ __forceinline__ void arrive_in_block(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void arrive_in_cluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+// Copies 16 bytes, without waiting.
+__device__ __forceinline__ void copy_sixteen(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+// Arrives once the copies that this thread has started are done.
+__device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// Makes what such copies have written visible to products of matrices.
+__device__ __forceinline__ void fence_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ __forceinline__ bool try_wait(uint32_t barrier, uint32_t parity) {
@@ -65,45 +71,10 @@ __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) 
 #endif
 }
 
-__device__ __forceinline__ void fence_cluster() {
-  asm volatile("fence.acq_rel.cluster;" ::: "memory");
-}
-
-// The same, and sees what other blocks of the cluster wrote before they arrived.
-__device__ __forceinline__ void wait_barrier_of_cluster(uint32_t barrier, uint32_t parity) {
-  wait_barrier(barrier, parity);
-  fence_cluster();
-}
-
-__device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
-  asm volatile("st.shared::cta.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
-  uint32_t value;
-  asm volatile("ld.shared::cta.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
-  return value;
-}
-__device__ __forceinline__ void store_in_cluster(uint32_t address, uint32_t value) {
-  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-
 // A barrier of `threads` threads of the block; 0 is that of __syncthreads.
 template <int kBarrier, int kThreads>
 __device__ __forceinline__ void sync_threads() {
   asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
-}
-
-// ---- clusters ----
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // ---- bulk copies ----
@@ -122,55 +93,14 @@ __device__ __forceinline__ uint64_t evict_normal_policy() {
   asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-// Starts a copy of the box of a map at (column, row) to the same address in all blocks of the mask,
-// or in this one, each of whose barriers at the same address counts its bytes. The second has a
-// policy for the cache.
-template <bool kMulticast>
+// Starts a copy of the box of a map at (column, row), whose bytes the barrier counts, with a policy
+// for the cache.
 __device__ __forceinline__ void load_box(uint32_t shared, const CUtensorMap* map, int column,
-                                         int row, uint32_t barrier, uint32_t blocks) {
-  const uint64_t address = reinterpret_cast<uint64_t>(map);
-  if constexpr (kMulticast) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
-        "l"(address), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<uint16_t>(blocks))
-        : "memory");
-  } else {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared),
-        "l"(address), "r"(column), "r"(row), "r"(barrier)
-        : "memory");
-  }
-}
-template <bool kMulticast>
-__device__ __forceinline__ void load_box(uint32_t shared, const CUtensorMap* map, int column,
-                                         int row, uint32_t barrier, uint32_t blocks,
-                                         uint64_t policy) {
-  const uint64_t address = reinterpret_cast<uint64_t>(map);
-  if constexpr (kMulticast) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(shared),
-        "l"(address), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<uint16_t>(blocks)),
-        "l"(policy)
-        : "memory");
-  } else {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
-        "l"(address), "r"(column), "r"(row), "r"(barrier), "l"(policy)
-        : "memory");
-  }
-}
-
-// Starts a copy of `bytes` bytes; both addresses and the size are multiples of 16.
-__device__ __forceinline__ void load_row(uint32_t shared, const void* global, uint32_t bytes,
-                                         uint32_t barrier) {
+                                         int row, uint32_t barrier, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-      "[%3];" ::"r"(shared),
-      "l"(global), "r"(bytes), "r"(barrier)
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(column), "r"(row), "r"(barrier), "l"(policy)
       : "memory");
 }
 

@@ -55,29 +55,20 @@ struct Wgmma;
 #define JAX_ROUTER_TEN(t) \
   "%" t "0, %" t "1, %" t "2, %" t "3, %" t "4, %" t "5, %" t "6, %" t "7, %" t "8, %" t "9"
 #define JAX_ROUTER_10 JAX_ROUTER_TEN("") ", "
-#define JAX_ROUTER_30 JAX_ROUTER_10 JAX_ROUTER_TEN("1") ", " JAX_ROUTER_TEN("2") ", "
-#define JAX_ROUTER_40 JAX_ROUTER_30 JAX_ROUTER_TEN("3") ", "
-#define JAX_ROUTER_50 JAX_ROUTER_40 JAX_ROUTER_TEN("4") ", "
+#define JAX_ROUTER_20 JAX_ROUTER_10 JAX_ROUTER_TEN("1") ", "
+#define JAX_ROUTER_30 JAX_ROUTER_20 JAX_ROUTER_TEN("2") ", "
+#define JAX_ROUTER_50 JAX_ROUTER_30 JAX_ROUTER_TEN("3") ", " JAX_ROUTER_TEN("4") ", "
 #define JAX_ROUTER_60 JAX_ROUTER_50 JAX_ROUTER_TEN("5") ", "
-#define JAX_ROUTER_70 JAX_ROUTER_60 JAX_ROUTER_TEN("6") ", "
-#define JAX_ROUTER_90 JAX_ROUTER_70 JAX_ROUTER_TEN("7") ", " JAX_ROUTER_TEN("8") ", "
 #define JAX_ROUTER_TWO(t) "%" t "0, %" t "1"
 #define JAX_ROUTER_FOUR(t) JAX_ROUTER_TWO(t) ", %" t "2, %" t "3"
 #define JAX_ROUTER_SIX(t) JAX_ROUTER_FOUR(t) ", %" t "4, %" t "5"
 #define JAX_ROUTER_EIGHT(t) JAX_ROUTER_SIX(t) ", %" t "6, %" t "7"
 
-// The operands, eight and sixteen at a time.
-#define JAX_ROUTER_D8(i)                                                                      \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
-      "+f"(d[i + 6]), "+f"(d[i + 7])
+// The operands, four and eight at a time.
+#define JAX_ROUTER_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define JAX_ROUTER_D8(i) JAX_ROUTER_D4(i), JAX_ROUTER_D4(i + 4)
 #define JAX_ROUTER_D16(i) JAX_ROUTER_D8(i), JAX_ROUTER_D8(i + 8)
 #define JAX_ROUTER_D32(i) JAX_ROUTER_D16(i), JAX_ROUTER_D16(i + 16)
-#define JAX_ROUTER_D48(i) JAX_ROUTER_D32(i), JAX_ROUTER_D16(i + 32)
-#define JAX_ROUTER_D56(i) JAX_ROUTER_D48(i), JAX_ROUTER_D8(i + 48)
-#define JAX_ROUTER_D64(i) JAX_ROUTER_D32(i), JAX_ROUTER_D32(i + 32)
-#define JAX_ROUTER_D72(i) JAX_ROUTER_D64(i), JAX_ROUTER_D8(i + 64)
-#define JAX_ROUTER_D80(i) JAX_ROUTER_D64(i), JAX_ROUTER_D16(i + 64)
-#define JAX_ROUTER_D96(i) JAX_ROUTER_D64(i), JAX_ROUTER_D32(i + 64)
 
 #define JAX_ROUTER_UNWRAP(...) __VA_ARGS__
 
@@ -106,15 +97,12 @@ struct Wgmma;
     }                                                                                             \
   }
 
+JAX_ROUTER_WGMMA(8, JAX_ROUTER_FOUR(""), (JAX_ROUTER_D4(0)), 4, 5, 6);
 JAX_ROUTER_WGMMA(16, JAX_ROUTER_EIGHT(""), (JAX_ROUTER_D8(0)), 8, 9, 10);
 JAX_ROUTER_WGMMA(32, JAX_ROUTER_10 JAX_ROUTER_SIX("1"), (JAX_ROUTER_D16(0)), 16, 17, 18);
 JAX_ROUTER_WGMMA(64, JAX_ROUTER_30 JAX_ROUTER_TWO("3"), (JAX_ROUTER_D32(0)), 32, 33, 34);
-JAX_ROUTER_WGMMA(96, JAX_ROUTER_40 JAX_ROUTER_EIGHT("4"), (JAX_ROUTER_D48(0)), 48, 49, 50);
-JAX_ROUTER_WGMMA(112, JAX_ROUTER_50 JAX_ROUTER_SIX("5"), (JAX_ROUTER_D56(0)), 56, 57, 58);
-JAX_ROUTER_WGMMA(128, JAX_ROUTER_60 JAX_ROUTER_FOUR("6"), (JAX_ROUTER_D64(0)), 64, 65, 66);
-JAX_ROUTER_WGMMA(144, JAX_ROUTER_70 JAX_ROUTER_TWO("7"), (JAX_ROUTER_D72(0)), 72, 73, 74);
-JAX_ROUTER_WGMMA(160, JAX_ROUTER_70 JAX_ROUTER_TEN("7"), (JAX_ROUTER_D80(0)), 80, 81, 82);
-JAX_ROUTER_WGMMA(192, JAX_ROUTER_90 JAX_ROUTER_SIX("9"), (JAX_ROUTER_D96(0)), 96, 97, 98);
+JAX_ROUTER_WGMMA(128, JAX_ROUTER_60 JAX_ROUTER_FOUR("6"), (JAX_ROUTER_D32(0), JAX_ROUTER_D32(32)),
+                 64, 65, 66);
 
 }  // namespace jax_router
 
