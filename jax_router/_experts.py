@@ -90,11 +90,12 @@ def dense_moe_fc2(
   `h`, which rounds once more in bfloat16; float16 is computed in float32.
 
   The CUDA kernel runs on GPUs of compute capability 9.0 (Hopper) and takes bfloat16, float16 and
-  float8, I in multiples of 64 and H of 8. It skips experts that no token has chosen, weighs the
-  float32 sum of every expert, in float8 of 128 of its columns, and adds these up in an order that
-  sizes and device alone decide: the same bits in every run, wherever a token stands among others.
-  An exported program with symbolic sizes has plain JAX in its place, and so do more than 320 tokens
-  in 16 bits, where a matmul by cuBLAS is the faster one, unless "cuda" is asked for.
+  float8, I in multiples of 64 and H of 8. It multiplies each expert by the tokens that have chosen
+  it alone, weighs the float32 sum of every expert, in float8 of 128 of its columns, and adds these
+  up in an order that sizes and device alone decide: the same bits in every run, wherever a token
+  stands among others. It is made for a few chosen experts for each token; where `alpha` has few
+  zeros, `implementation="reference"` is faster. An exported program with symbolic sizes has plain
+  JAX in its place, and so do more than 512 tokens in 16 bits, unless "cuda" is asked for.
 
   Computations over several devices outside of `jax.shard_map` take plain JAX everywhere. It follows
   any sharding of the tokens, of E or of I under Auto axes without a gather; for E and I it adds up

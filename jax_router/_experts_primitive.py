@@ -33,12 +33,13 @@ _DEPTH_MULTIPLE = 64
 _WIDTH_MULTIPLE = 8
 _MOST_EXPERTS = 65536
 _MOST = 2**31 - 1
+_MOST_TOKENS = 2**24
 # Beyond so many tokens weights are read more than once, and in 16 bits cuBLAS takes over.
 _MOST_FASTER = 512
 CUDA_LIMITS = (
   f"{', '.join(_CUDA_DTYPES)}, at most {_MOST_EXPERTS} experts, I in multiples of "
-  f"{_DEPTH_MULTIPLE}, H in multiples of {_WIDTH_MULTIPLE}, and fewer than 2**31 of tokens, of H "
-  "and of E * I"
+  f"{_DEPTH_MULTIPLE}, H in multiples of {_WIDTH_MULTIPLE}, at most 2**24 tokens, and H and E * I "
+  "below 2**31"
 )
 
 
@@ -51,8 +52,8 @@ def fits_cuda(dtype: Any, tokens: Sequence[Any], experts: Any, depth: Any, hidde
   if np.dtype(dtype).name not in _CUDA_DTYPES or not all(isinstance(n, int) for n in sizes):
     return False
   multiples = depth % _DEPTH_MULTIPLE == 0 and hidden % _WIDTH_MULTIPLE == 0
-  most = max(math.prod(tokens), experts * depth, hidden)
-  return multiples and experts <= _MOST_EXPERTS and most <= _MOST
+  few = experts <= _MOST_EXPERTS and math.prod(tokens) <= _MOST_TOKENS
+  return multiples and few and max(experts * depth, hidden) <= _MOST
 
 
 @functools.cache

@@ -193,9 +193,7 @@ cudaError_t launch_dense_experts(const DenseExperts& call, ExpertsTactic tactic,
   if (blocks > kMostExpertsBlocks) blocks = kMostExpertsBlocks;
   if (tiles.count * call.experts < blocks) blocks = tiles.count * call.experts;
   ExpertsWork work{};
-  work.lists = tiles.token_tiles == 1 && call.experts <= kMostListed;
-  work.layout = ExpertsLayout(tiles.hidden_tile, tiles.tile_tokens,
-                              work.lists ? static_cast<int>(call.experts) : 0);
+  work.layout = ExpertsLayout(tiles.hidden_tile, tiles.tile_tokens);
   work.experts = static_cast<int>(call.experts);
   work.tiles = static_cast<int>(tiles.count);
   work.h = static_cast<const char*>(call.h);

@@ -191,8 +191,7 @@ __global__ void __launch_bounds__(kLoadThreads + 2 * kHiddenTile, 1)
   ExpertsDeal* const dealt =
       reinterpret_cast<ExpertsDeal*>(memory + work.layout.bytes - kDealBytes);
   if (warp == 0) {
-    uint16_t* const listed = reinterpret_cast<uint16_t*>(memory + work.layout.listed_at);
-    const ExpertsDeal deal = deal_experts(work, kHiddenTile, listed, gridDim.x);
+    const ExpertsDeal deal = deal_experts(work, kHiddenTile, gridDim.x);
     if (threadIdx.x == 0) *dealt = deal;
   }
   __syncthreads();

@@ -2,7 +2,7 @@
 //
 // Every tile takes all experts. The experts of all tiles, laid end to end, are cut into as many
 // pieces of the same length as there are blocks. Where a cut falls into a tile, its pieces leave
-// partial sums. Where experts are listed first, those that no token has chosen are not dealt out.
+// partial sums. Cuts depend on sizes alone.
 
 #ifndef JAX_ROUTER_CUDA_EXPERTS_SCHEDULE_H_
 #define JAX_ROUTER_CUDA_EXPERTS_SCHEDULE_H_

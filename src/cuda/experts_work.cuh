@@ -20,9 +20,8 @@ inline constexpr int kRecords = 4;           // of the ring
 inline constexpr int kMostStages = 12;
 inline constexpr int kEnoughStages = 6;  // of weights on their way, to read them at full speed
 inline constexpr int kExpertsShared = 227 * 1024;
-inline constexpr int kMostListed = 2048;  // experts of which those that are chosen are listed
-inline constexpr int kSpareRows = 4;      // of totals, for slots without a token
-inline constexpr int kDealBytes = 48;     // of an ExpertsDeal
+inline constexpr int kSpareRows = 4;   // of totals, for slots without a token
+inline constexpr int kDealBytes = 48;  // of an ExpertsDeal
 
 // What is multiplied next: the tokens of an item, and their multipliers for one block of depth.
 struct ExpertsRecord {
@@ -37,22 +36,19 @@ struct ExpertsLayout {
   int stages_bytes;  // of all stages
   int records_at;
   int totals_at;
-  int listed_at;
   int barriers_at;  // of stages: full, then empty; of records: full, then empty
   int flag_at;
   int bytes;  // the last ones are those of an ExpertsDeal
 
   ExpertsLayout() = default;
-  ExpertsLayout(int hidden_tile, int tile_tokens, int listed) {
+  ExpertsLayout(int hidden_tile, int tile_tokens) {
     const int records = kRecords * static_cast<int>(sizeof(ExpertsRecord));
     const int totals = (tile_tokens + kSpareRows) * totals_stride(hidden_tile) * 4;
-    const int list = (listed + 7) / 8 * 16;
     const int barriers = (2 * kMostStages + 2 * kRecords) * 8 + 16 + kDealBytes;
-    stages_bytes = (kExpertsShared - records - totals - list - barriers) / 1024 * 1024;
+    stages_bytes = (kExpertsShared - records - totals - barriers) / 1024 * 1024;
     records_at = stages_bytes;
     totals_at = records_at + records;
-    listed_at = totals_at + totals;
-    barriers_at = listed_at + list;
+    barriers_at = totals_at + totals;
     flag_at = barriers_at + (2 * kMostStages + 2 * kRecords) * 8;
     bytes = barriers_at + barriers;
   }
@@ -81,7 +77,6 @@ struct ExpertsWork {
   int tiles;  // of the result
   int tile_tokens;
   int token_tiles;
-  bool lists;  // whether experts that are chosen are listed first, and no others dealt out
   int blocks;  // of depth of an expert, with a multiplier each
   int parts;   // stages of such a block
 };
@@ -137,8 +132,7 @@ __device__ __forceinline__ RingBarriers record_barriers(const ExpertsWork& work,
 // What all warps of all blocks know before they start.
 struct ExpertsDeal {
   ExpertsSchedule schedule;
-  const uint16_t* listed;  // the experts, where they are listed
-  int item_tokens;         // that are multiplied by an expert at once, at most
+  int item_tokens;  // that are multiplied by an expert at once, at most
   int stages;
   int stage_bytes;
 };
@@ -153,45 +147,35 @@ __device__ __forceinline__ void visit_items(const ExpertsWork& work, const Exper
   const int lane = threadIdx.x % kWarpSize;
   const int32_t* counts = work.counts + int64_t{token_tile} * work.experts;
   for (int begin = piece.begin; begin < piece.end; begin += kWarpSize) {
-    const int at = min(begin + lane, piece.end - 1);
-    const int expert = work.lists ? deal.listed[at] : at;
-    const int count = begin + lane < piece.end ? __ldg(counts + expert) : 0;
-    for (unsigned rest = __ballot_sync(kAllLanes, count > 0); rest != 0; rest &= rest - 1) {
+    const int mine = begin + lane < piece.end ? __ldg(counts + begin + lane) : 0;
+    for (unsigned rest = __ballot_sync(kAllLanes, mine > 0); rest != 0; rest &= rest - 1) {
       const int i = __ffs(static_cast<int>(rest)) - 1;
-      const int of_expert = __shfl_sync(kAllLanes, count, i);
-      const int found = __shfl_sync(kAllLanes, expert, i);
-      for (int first = 0; first < of_expert; first += deal.item_tokens) {
-        visit(found, first, min(of_expert - first, deal.item_tokens));
+      const int count = __shfl_sync(kAllLanes, mine, i);
+      for (int first = 0; first < count; first += deal.item_tokens) {
+        visit(begin + i, first, min(count - first, deal.item_tokens));
       }
     }
   }
 }
 
-// Deals the experts out, by a warp: lists those that any token has chosen, or the first if there
-// are none. More tokens at once leave fewer stages, fewer at once read the weights of an expert
-// that more have chosen again: as few as make that rare.
+// Deals the experts out, by a warp. More tokens at once leave fewer stages, fewer at once read the
+// weights of an expert that more have chosen again: as few as make that rare.
 __device__ __forceinline__ ExpertsDeal deal_experts(const ExpertsWork& work, int hidden_tile,
-                                                    uint16_t* listed, int blocks) {
+                                                    int blocks) {
   const int lane = threadIdx.x % kWarpSize;
-  int found = 0;
+  int chosen = 0;
   int items[3] = {};  // of 16, 32 and 64 tokens
   const int lists = work.experts * work.token_tiles;
 #pragma unroll 4
   for (int begin = 0; begin < lists; begin += kWarpSize) {
     const int count = begin + lane < lists ? __ldg(work.counts + begin + lane) : 0;
+    chosen += count > 0;
 #pragma unroll
     for (int i = 0; i < 3; ++i) items[i] += (count + (16 << i) - 1) >> (4 + i);
-    const unsigned all = __ballot_sync(kAllLanes, count > 0);
-    if (work.lists && count > 0) {
-      listed[found + __popc(all & lanes_below(lane))] = static_cast<uint16_t>(begin + lane);
-    }
-    found += __popc(all);
   }
-  if (found == 0 && work.lists && lane == 0) listed[0] = 0;
+  chosen = __reduce_add_sync(kAllLanes, chosen);
   ExpertsDeal deal;
-  const int experts = work.lists ? max(found, 1) : work.experts;
-  deal.schedule = ExpertsSchedule::make(work.tiles, experts, blocks);
-  deal.listed = listed;
+  deal.schedule = ExpertsSchedule::make(work.tiles, work.experts, blocks);
   const auto stages = [&](int item_tokens) {
     return work.layout.stages_bytes / ((hidden_tile + item_tokens) * 128);
   };
@@ -199,7 +183,7 @@ __device__ __forceinline__ ExpertsDeal deal_experts(const ExpertsWork& work, int
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
     const int all = __reduce_add_sync(kAllLanes, items[i]);
-    if (4 * all > 5 * found && deal.item_tokens == 16 << i) deal.item_tokens = 32 << i;
+    if (4 * all > 5 * chosen && deal.item_tokens == 16 << i) deal.item_tokens = 32 << i;
   }
   deal.stage_bytes = (hidden_tile + deal.item_tokens) * 128;
   deal.stages = min(stages(deal.item_tokens), kMostStages);
