@@ -86,14 +86,6 @@ def experts_scratch(float8: bool, tokens: int, experts: int, depth: int, hidden:
   return _import(_MODULES["cuda"]).experts_scratch(float8, tokens, experts, depth, hidden)
 
 
-def load_copies(tokens: int, words: int) -> int:
-  """In how many copies the CUDA kernels of `route_and_assign_replicas` count a load of `words`.
-
-  1: in the load itself. The module must be there.
-  """
-  return _import(_MODULES["cuda"]).load_copies(tokens, words)
-
-
 @functools.cache
 def _has_gpu() -> bool:
   try:

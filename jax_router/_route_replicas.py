@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_router import (
   _compat,
-  _native,
   _operands,
   _options,
   _reference,
@@ -147,10 +145,6 @@ def fold_tokens(given: Operands, tables: Tables) -> tuple[Operands, Tables, int]
   return operands, Tables(*joined[-3:]), groups
 
 
-# As many as an unknown number of tokens may be: the kernels count in fewer copies for few.
-_MANY_TOKENS = 2**31
-
-
 # ---- the primitive: logits, table, counts, offset, and what route takes besides logits ----
 
 
@@ -164,20 +158,6 @@ def _results(shapes, *, options: RouteOptions, index_dtype, num_physical: int, l
     Result(slots, np.dtype(np.int32)),
     Result((_replicas.load_bins(num_experts, num_physical, load),), np.dtype(np.int32)),
   ]
-
-
-def _scratch(platform: str, avals, *, num_physical: int, load: str, **_: Any) -> list[Result]:
-  """Copies of the load for the CUDA kernels, as many of each batch row; none where one will do."""
-  if platform != "cuda":
-    return []
-  *batch, tokens, num_experts = avals[0].shape
-  bins = _replicas.load_bins(num_experts, num_physical, load)
-  copies = 1
-  if all(isinstance(n, int) for n in (*batch, bins)):
-    rows = math.prod(batch)
-    total = rows * tokens if isinstance(tokens, int) else _MANY_TOKENS
-    copies = _native.load_copies(total, rows * bins)
-  return [Result((copies if copies > 1 else 0, bins), np.dtype(np.int32))]
 
 
 def _attributes(*, options, index_dtype, num_physical, policy, load, **present) -> dict[str, Any]:
@@ -217,7 +197,6 @@ _bind = make_primitive(
     tangents=_tangents,
     runs_on=_operands.forward_runs_on,
     composed=True,
-    scratch=_scratch,
   )
 )
 

@@ -28,10 +28,6 @@ struct Replicas {
   int64_t bins;       // of a row of load; fits int32
   int32_t* physical;  // [batch, tokens, slots]
   int32_t* load;      // [batch, bins]
-  // For the CUDA kernels of `route_and_assign_replicas`, whose blocks add to several copies of the
-  // load in turn: a power of two, [num_copies, batch, bins]. One copy is the load itself.
-  int32_t* copies;
-  int num_copies;
 };
 
 // Every row has `tokens` tokens with `slots` ids each. Where is null if absent.
@@ -64,33 +60,19 @@ struct Replica {
   int32_t bin;   // of the load; -1: not counted
 };
 
-// How many replicas of an expert are used; below 1 where it has none. `counts`, and `table` below,
-// are those of its batch row.
-JAX_ROUTER_HOST_DEVICE inline int32_t count_replicas(const Replicas& replicas,
-                                                     const int32_t* counts, int32_t expert) {
-  if (static_cast<uint32_t>(expert) >= static_cast<uint32_t>(replicas.num_experts)) return 0;
-  const int32_t count = counts[expert];
-  return count <= replicas.width ? count : 0;
-}
-
-// The replica for a token of an expert of which `count` are used.
-JAX_ROUTER_HOST_DEVICE inline Replica choose_replica(const Replicas& replicas, const int32_t* table,
-                                                     int32_t count, uint32_t token,
-                                                     int32_t expert) {
+// The replica of an expert for a token. `table` and `counts` are those of its batch row.
+JAX_ROUTER_HOST_DEVICE inline Replica find_replica(const Replicas& replicas, const int32_t* table,
+                                                   const int32_t* counts, uint32_t token,
+                                                   int32_t expert) {
   const Replica none = {replicas.num_physical, -1};
-  if (count < 1) return none;
+  if (static_cast<uint32_t>(expert) >= static_cast<uint32_t>(replicas.num_experts)) return none;
+  const int32_t count = counts[expert];
+  if (count < 1 || count > replicas.width) return none;
   const uint32_t choice =
       draw_replica(replicas.policy, token, expert) % static_cast<uint32_t>(count);
   const int32_t slot = table[expert * replicas.width + choice];
   if (static_cast<uint32_t>(slot) >= static_cast<uint32_t>(replicas.num_physical)) return none;
   return {slot, replicas.load_of == Load::kLogical ? expert : slot};
-}
-
-JAX_ROUTER_HOST_DEVICE inline Replica find_replica(const Replicas& replicas, const int32_t* table,
-                                                   const int32_t* counts, uint32_t token,
-                                                   int32_t expert) {
-  const int32_t count = count_replicas(replicas, counts, expert);
-  return choose_replica(replicas, table, count, token, expert);
 }
 
 }  // namespace jax_router

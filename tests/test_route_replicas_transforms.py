@@ -16,15 +16,7 @@ import jax_router
 import oracle_replicas
 import programs
 import shapes
-from jax_router import (
-  Groups,
-  _compat,
-  _native,
-  _route_replicas,
-  assign_replicas,
-  route,
-  route_and_assign_replicas,
-)
+from jax_router import Groups, _route_replicas, assign_replicas, route, route_and_assign_replicas
 from jax_router.compat import fastdeploy
 from programs import assert_equal, assert_same, collectives, loop, put
 
@@ -88,38 +80,6 @@ def test_it_is_one_kernel():
     for word in (WORD, "route", "assign_replicas"):
       assert text.count(f"custom_call @jax_router_{word}(") == (word == WORD)
   assert calls(jax.grad(loss_of(fused)), make_logits(64)) == (1, 1)
-
-
-@pytest.fixture
-def cuda_module(monkeypatch):
-  """A build with the CUDA module, for one device."""
-  if WORD not in _native.platforms().get("cuda", ()):
-    pytest.skip("this build has no cuda module")
-  monkeypatch.setattr(_compat, "automatic_devices", lambda: 1)
-
-
-def test_cuda_call_has_copies_of_the_load(cuda_module):
-  """None for few tokens; for many, as many of each batch row; for an unknown number as for many."""
-
-  def scratch(logits, run=fused):
-    text = jax.jit(lambda x: run(x)).trace(logits).lower(lowering_platforms=("cuda",)).as_text()
-    call = next(line for line in text.splitlines() if f"@jax_router_{WORD}(" in line)
-    return call.rsplit("tensor<", 1)[1].split(">")[0]
-
-  assert [_native.load_copies(n, NUM_PHYSICAL) for n in (0, 256, 257, 511, 512)] == [1, 1, 8, 8, 16]
-  words = (512, 1024, 1025, 32_768, 32_769, 2**40)
-  assert [_native.load_copies(2**40, n) for n in words] == [64, 64, 32, 2, 1, 1]
-  assert scratch(make_logits(256)) == f"0x{NUM_PHYSICAL}xi32"
-  assert scratch(make_logits(2048)) == f"64x{NUM_PHYSICAL}xi32"
-  assert scratch(make_logits(2, 512)) == f"2x32x{NUM_PHYSICAL}xi32"
-  assert scratch(make_logits(2, 512), jax.vmap(fused)) == f"2x32x{NUM_PHYSICAL}xi32"
-  (tokens,) = jax.export.symbolic_shape("tokens")
-  exported = jax.export.export(
-    jax.jit(lambda x: fused(x)),
-    platforms=("cuda",),
-    disabled_checks=jax_router.DISABLE_JAX_EXPORT_CHECKS,
-  )(jax.ShapeDtypeStruct((tokens, E), jnp.float32))
-  assert f"tensor<64x{NUM_PHYSICAL}xi32>" in exported.mlir_module()
 
 
 def test_operators_of_fastdeploy_are_one_kernel():

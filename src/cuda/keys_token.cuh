@@ -159,9 +159,7 @@ __device__ __forceinline__ void write_token(const RouteForward& call, const Rout
     if (row.counts != nullptr && s.valid) atomicAdd(row.counts + s.expert, 1);
     if (call.replicas.load != nullptr) {
       const int expert[1] = {s.expert};
-      SlotReplicas<1> replicas;
-      replicas.read(call, token, i, k, expert);
-      replicas.assign(call, token, i, k, expert);
+      assign_slots(call, token, i, k, expert);
     }
   }
   if (row.lane == 0) {

@@ -301,18 +301,6 @@ ffi::Error replicas(cudaStream_t stream, ffi::AnyBuffer experts, ffi::AnyBuffer 
   return launch_result("assign_replicas", launch_replicas(call, stream));
 }
 
-// Has the load counted in as many copies as there should be and the scratch, a result that Python
-// drops, has room for: it was made for the tokens and the batch rows of all devices together.
-ffi::Error use_copies(ffi::AnyBuffer& scratch, int64_t tokens, Replicas* replicas) {
-  JAX_ROUTER_RETURN_IF_ERROR(check_type("the scratch", scratch, ffi::DataType::S32));
-  const int64_t words = replicas->batch * replicas->bins;
-  int64_t copies = load_copies(tokens, words);
-  while (copies > 1 && copies * words > static_cast<int64_t>(scratch.element_count())) copies /= 2;
-  replicas->num_copies = static_cast<int>(copies);
-  replicas->copies = copies > 1 ? static_cast<int32_t*>(scratch.untyped_data()) : replicas->load;
-  return ffi::Error::Success();
-}
-
 ffi::Error route_and_assign_replicas(
     cudaStream_t stream, ffi::AnyBuffer logits, ffi::AnyBuffer table, ffi::AnyBuffer counts,
     ffi::AnyBuffer offset, ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> weights,
@@ -320,21 +308,20 @@ ffi::Error route_and_assign_replicas(
     ffi::Result<ffi::AnyBuffer> physical, ffi::Result<ffi::AnyBuffer> load, int64_t k,
     int64_t score, bool renormalize, float scale, int64_t group_count, int64_t group_keep,
     int64_t group_score, int64_t num_physical, int64_t policy, int64_t load_of, bool has_bias,
-    bool has_where, bool has_experts, ffi::Result<ffi::AnyBuffer> scratch) {
+    bool has_where, bool has_experts) {
   const RouteOptions options =
       OptionAttributes{k, score, renormalize, scale, group_count, group_keep, group_score}.decode();
   RouteForward call;
   JAX_ROUTER_RETURN_IF_ERROR(decode_route_and_assign_replicas(
       options, {num_physical, policy, load_of}, has_bias, has_where, has_experts, logits, optional,
       {table, counts, offset, *weights, *experts, *normalizer, *physical, *load}, &call));
-  JAX_ROUTER_RETURN_IF_ERROR(use_copies(*scratch, call.tokens, &call.replicas));
   return launch_result("route_and_assign_replicas", launch_route(call, options, stream));
 }
 
 XLA_FFI_DEFINE_HANDLER(kReplicas, replicas, bind_replicas<Stream>(),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kRouteAndAssignReplicas, route_and_assign_replicas,
-                       bind_route_and_assign_replicas<Stream>().Ret<ffi::AnyBuffer>(),
+                       bind_route_and_assign_replicas<Stream>(),
                        {ffi::Traits::kCmdBufferCompatible});
 
 // ---- table ----
@@ -393,8 +380,6 @@ NB_MODULE(_cuda, m) {
         "Up to how many tokens route_and_plan_blocks is one kernel on a device, by its number.");
   m.def("experts_run", &jax_router::dense_experts_run,
         "Whether the kernel of experts is in this build and runs on a device, by its number.");
-  m.def("load_copies", &jax_router::load_copies,
-        "How many copies of a load of so many words route_and_assign_replicas counts in.");
   m.def("experts_scratch", &jax_router::experts_scratch_of,
         "Scratch of the kernel of experts for a batch row, in elements of 4 bytes.");
   m.def(

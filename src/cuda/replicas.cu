@@ -95,16 +95,6 @@ Split split_work(const ReplicasCall& call, int processors) {
   return split;
 }
 
-// ---- the load that the kernels of `route` count ----
-
-constexpr int64_t kFewTokens = 256;  // whose additions take less time than another kernel
-constexpr int64_t kCopyTokens = 32;  // at least, so that there are as many blocks as copies
-constexpr int64_t kMostCopies = 64;
-constexpr int64_t kMostCopyWords = 65536;  // of all copies
-constexpr int kSumBins = 32;
-constexpr int kSumLanes = kThreads / kSumBins;  // that share the copies of a bin
-constexpr int kLaneCopies = kMostCopies / kSumLanes;
-
 __global__ void __launch_bounds__(kThreads) clear_kernel(int32_t* words, int64_t count) {
   let_next_kernel_start();
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -114,42 +104,11 @@ __global__ void __launch_bounds__(kThreads) clear_kernel(int32_t* words, int64_t
   }
 }
 
-// load[i] = sum of copies[c * count + i] over c.
-__global__ void __launch_bounds__(kThreads)
-    sum_kernel(const int32_t* copies, int num_copies, int32_t* load, int count) {
-  __shared__ int32_t sums[kSumLanes][kSumBins];
-  const int bin = threadIdx.x % kSumBins;
-  const int lane = threadIdx.x / kSumBins;
-  const int i = static_cast<int>(blockIdx.x) * kSumBins + bin;
-  wait_for_previous_kernel();
-  int32_t sum = 0;
-#pragma unroll
-  for (int u = 0; u < kLaneCopies; ++u) {
-    const int copy = u * kSumLanes + lane;
-    if (i < count && copy < num_copies) sum += copies[copy * count + i];
-  }
-  sums[lane][bin] = sum;
-  __syncthreads();
-  if (lane > 0 || i >= count) return;
-#pragma unroll
-  for (int other = 1; other < kSumLanes; ++other) sum += sums[other][bin];
-  load[i] = sum;
-}
-
 }  // namespace
-
-int64_t load_copies(int64_t tokens, int64_t words) {
-  if (tokens <= kFewTokens) return 1;
-  int64_t copies = kMostCopies;
-  while (copies > 1 && (copies * kCopyTokens > tokens || copies * words > kMostCopyWords)) {
-    copies /= 2;
-  }
-  return copies;
-}
 
 cudaError_t clear_load(const Replicas& replicas, cudaStream_t stream, bool* overlaps) {
   *overlaps = false;
-  const int64_t count = replicas.num_copies * replicas.batch * replicas.bins;
+  const int64_t count = replicas.batch * replicas.bins;
   if (count == 0) return cudaSuccess;
   if constexpr (kProgrammaticLaunch) {
     // On a new GPU the module may have been compiled from the PTX of an old one, without waiting.
@@ -158,18 +117,10 @@ cudaError_t clear_load(const Replicas& replicas, cudaStream_t stream, bool* over
     if (status != cudaSuccess) return status;
     *overlaps = attributes.ptxVersion >= 90;
   }
-  if (!*overlaps) return cudaMemsetAsync(replicas.copies, 0, sizeof(int32_t) * count, stream);
+  if (!*overlaps) return cudaMemsetAsync(replicas.load, 0, sizeof(int32_t) * count, stream);
   const int64_t wanted = (count + kThreads - 1) / kThreads;
   const unsigned blocks = static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks);
-  return launch_kernel(clear_kernel, blocks, kThreads, 0, stream, replicas.copies, count);
-}
-
-cudaError_t sum_load(const Replicas& replicas, cudaStream_t stream, bool overlaps) {
-  if (replicas.num_copies <= 1) return cudaSuccess;
-  const int count = static_cast<int>(replicas.batch * replicas.bins);
-  const unsigned blocks = static_cast<unsigned>((count + kSumBins - 1) / kSumBins);
-  return launch_kernel(sum_kernel, blocks, kThreads, 0, {stream, overlaps}, replicas.copies,
-                       replicas.num_copies, replicas.load, count);
+  return launch_kernel(clear_kernel, blocks, kThreads, 0, stream, replicas.load, count);
 }
 
 cudaError_t launch_replicas(const ReplicasCall& call, cudaStream_t stream) {

@@ -17,26 +17,6 @@ constexpr int64_t kMostInRegisters = 1024;
 // other.
 constexpr int64_t kFewTokens = 256;
 
-// The choice depends on nothing but sizes and options that are static in JAX, and every kernel
-// rounds alike, so that a token gets the same bits whatever it is batched with.
-cudaError_t launch_choice(const RouteForward& call, const RouteOptions& options,
-                          cudaStream_t stream) {
-  const bool listed =
-      call.given == nullptr && options.k <= kMostListed && groups_in_registers(call, options);
-  const bool few = needs_keys(call, options) && call.tokens <= kFewTokens;
-  if (listed && call.experts <= kMostInLanes && options.k <= 8 && !few) {
-    return launch_route_lanes(call, options, stream);
-  }
-  if (listed && call.experts <= kMostInRegisters) {
-    return launch_route_warp(call, options, stream);
-  }
-  if (listed && !needs_keys(call, options) && call.experts < 65536 &&
-      route_shared_fits(call, options)) {
-    return launch_route_shared(call, options, stream);
-  }
-  return launch_route_general(call, options, stream);
-}
-
 }  // namespace
 
 DeviceLimits limits_of(int device) {
@@ -56,18 +36,30 @@ DeviceLimits device_limits() {
   return limits_of(device);
 }
 
+// The choice depends on nothing but sizes and options that are static in JAX, and every kernel
+// rounds alike, so that a token gets the same bits whatever it is batched with.
 cudaError_t launch_route(const RouteForward& call, const RouteOptions& options,
                          cudaStream_t stream) {
   RouteForward checked = for_registers(call, options);
-  const bool has_replicas = call.replicas.load != nullptr;
-  if (has_replicas) {
+  if (call.replicas.load != nullptr) {
     const cudaError_t status = clear_load(call.replicas, stream, &checked.overlaps);
     if (status != cudaSuccess) return status;
   }
   if (call.tokens == 0) return cudaSuccess;
-  const cudaError_t status = launch_choice(checked, options, stream);
-  if (status != cudaSuccess || !has_replicas) return status;
-  return sum_load(call.replicas, stream, checked.overlaps);
+  const bool listed =
+      call.given == nullptr && options.k <= kMostListed && groups_in_registers(call, options);
+  const bool few = needs_keys(call, options) && call.tokens <= kFewTokens;
+  if (listed && call.experts <= kMostInLanes && options.k <= 8 && !few) {
+    return launch_route_lanes(checked, options, stream);
+  }
+  if (listed && call.experts <= kMostInRegisters) {
+    return launch_route_warp(checked, options, stream);
+  }
+  if (listed && !needs_keys(call, options) && call.experts < 65536 &&
+      route_shared_fits(call, options)) {
+    return launch_route_shared(checked, options, stream);
+  }
+  return launch_route_general(checked, options, stream);
 }
 
 }  // namespace jax_router

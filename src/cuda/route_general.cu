@@ -18,7 +18,6 @@ __global__ void __launch_bounds__(8 * kWarpSize, 4)
     route_general_kernel(const __grid_constant__ RouteForward call,
                          const __grid_constant__ RouteOptions options) {
   extern __shared__ int4 shared[];
-  let_sum_start(call);
   const WarpRows rows = warp_rows();
   const KeysLayout layout(call, options);
   KeysRow row(reinterpret_cast<char*>(shared) + rows.warp * layout.bytes(), layout,

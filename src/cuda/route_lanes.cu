@@ -94,7 +94,6 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, kBiased ? 4 : (kDen
   __shared__ WarpScratch<S, kTokens> scratches[kRegisterWarps];
   __shared__ GroupScratch<S> groups[kBiased ? kRegisterWarps * kTokens : 1];
   extern __shared__ uint32_t bitmaps[];
-  if constexpr (!kDense) let_sum_start(call);
   const int warp = warp_index();
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kRegisterWarps + warp) * kTokens;
   if (first >= call.tokens) return;

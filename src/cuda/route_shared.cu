@@ -168,7 +168,6 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
                         const __grid_constant__ RouteOptions options) {
   extern __shared__ int4 shared_memory[];
   __shared__ int taken;
-  if constexpr (!kDense) let_sum_start(call);
   const SharedLayout layout(call, sizeof(T));
   if (threadIdx.x == 0) taken = blockDim.x / kWarpSize;
   __syncthreads();

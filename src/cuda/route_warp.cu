@@ -30,7 +30,6 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize, S::kChunks > 4 ? 4 
   using Scratch = WarpScratch<S, kMostRows>;
   __shared__ Scratch scratches[kRegisterWarps];
   extern __shared__ uint32_t bitmaps[];
-  if constexpr (!kDense) let_sum_start(call);
   const int lane = threadIdx.x % kWarpSize;
   const int warp = warp_index();
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kRegisterWarps + warp) * rows;
@@ -90,7 +89,6 @@ __global__ void __launch_bounds__(kRegisterWarps* kWarpSize,
   __shared__ WarpScratch<S, 1> scratches[kRegisterWarps];
   __shared__ GroupScratch<S> groups[kBiased ? kRegisterWarps : 1];
   extern __shared__ uint32_t bitmaps[];
-  if constexpr (!kDense) let_sum_start(call);
   const int warp = warp_index();
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kRegisterWarps + warp;
   if (token >= call.tokens) return;

@@ -209,11 +209,6 @@ __device__ __forceinline__ void store_value(T* p, float x) {
   *p = to_half<T>(x);
 }
 
-// Has memory that is soon read brought into the cache.
-__device__ __forceinline__ void prefetch(const void* p) {
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(p)));
-}
-
 // Calls f with a null pointer to the type of the logits.
 template <typename F>
 auto with_type(LogitsType type, F f) {
@@ -265,8 +260,8 @@ __device__ __forceinline__ int64_t load_index(const void* indices, int bytes, in
 
 // ---- launches ----
 
-// Whether a kernel may start while the one that it waits for still runs, where there are the
-// instructions for that (compute capability 9).
+// Whether a kernel may start while the one that clears memory for it still runs, where there are
+// the instructions for that (compute capability 9).
 inline constexpr bool kProgrammaticLaunch = true;
 
 // For the kernel before: lets the next one start once all blocks have come here.

@@ -76,15 +76,6 @@ __device__ __forceinline__ void write_slots(const RouteForward& call, const Rout
   const Softmax& softmax = context.softmax;
   const float best = __shfl_sync(kAllLanes, values[0], 0, kLanes);
   const bool uniform = !(best > -kInfinity);
-  const bool assigns =
-      kExtra == Extra::kNone && call.replicas.load != nullptr && token < call.tokens;
-  SlotReplicas<kSlots> replicas;
-  if (assigns) {
-    int written[kSlots];
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i) written[i] = real ? experts[i] : -1;
-    replicas.read(call, token, lane * kSlots, k, written);
-  }
   float weights[kSlots];
   bool active[kSlots];
 #pragma unroll
@@ -141,7 +132,13 @@ __device__ __forceinline__ void write_slots(const RouteForward& call, const Rout
   if (lane == 0) {
     call.normalizer[token] = uniform || !real ? __int_as_float(0x7fc00000) : normalizer;
   }
-  if (assigns) replicas.assign(call, token, lane * kSlots, k, experts);
+  if constexpr (kExtra == Extra::kNone) {
+    if (call.replicas.load == nullptr) return;
+    int written[kSlots];
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) written[i] = real ? experts[i] : -1;
+    assign_slots(call, token, lane * kSlots, k, written);
+  }
 }
 
 // Shared memory of a warp for ranking: keys as they are listed, then keys and indices by rank.
