@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t kMostExperts = 65536;
 constexpr int kPrepareThreads = 256;
-constexpr int kMostWideTokens = 256;
+constexpr int kMostWideTokens = 192;
+constexpr int kFewestWhole = 128;  // tokens
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -104,6 +105,16 @@ Tiles tiles_of(const DenseExperts& call, ExpertsTactic tactic) {
   return tiles;
 }
 
+// How many blocks share the work. In 16 bits, where reading the weights takes longest, some
+// processors less do no harm, and sums of whole tiles, or of halves of them, need not be put
+// together.
+int64_t blocks_of(const DenseExperts& call, const Tiles& tiles, int64_t processors) {
+  const int64_t whole = processors / tiles.count * tiles.count;
+  const bool most = 5 * whole >= 4 * processors;
+  const bool many = call.type != ExpertsType::kFloat8 && tiles.tile_tokens > kFewestWhole;
+  return many && most ? whole : processors;
+}
+
 int blocks_of_depth(const DenseExperts& call) {
   return call.type == ExpertsType::kFloat8 ? static_cast<int>(call.depth / kScaleBlock) : 1;
 }
@@ -189,7 +200,7 @@ cudaError_t launch_dense_experts(const DenseExperts& call, ExpertsTactic tactic,
   if (status != cudaSuccess) return status;
   status = launch_prepare(call, tiles, stream);
   if (status != cudaSuccess) return status;
-  int64_t blocks = device_limits().processors;
+  int64_t blocks = blocks_of(call, tiles, device_limits().processors);
   if (blocks > kMostExpertsBlocks) blocks = kMostExpertsBlocks;
   if (tiles.count * call.experts < blocks) blocks = tiles.count * call.experts;
   ExpertsWork work{};

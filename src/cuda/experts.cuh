@@ -155,7 +155,7 @@ __device__ __forceinline__ void multiply_pieces(const ExpertsWork& work, const E
       }
       // The totals of a token are next in the hands of another lane, always of this warp.
       __syncwarp();
-      if (lane == 0) arrive_in_block(barriers.empty(ring));
+      arrive_in_block(barriers.empty(ring));
       ring.advance(kRecords);
     }
     sync_threads<1, 2 * kHiddenTile>();
@@ -180,8 +180,8 @@ __global__ void __launch_bounds__(kLoadThreads + 2 * kHiddenTile, 1)
     }
     const RingBarriers records = record_barriers(work, base);
     for (int i = 0; i < kRecords; ++i) {
-      init_barrier(records.full_at + i * 8, 1);
-      init_barrier(records.empty_at + i * 8, kHiddenTile / 64 * 4);
+      init_barrier(records.full_at + i * 8, kWarpSize);
+      init_barrier(records.empty_at + i * 8, 2 * kHiddenTile);
     }
     fence_barrier_init();
   }

@@ -125,8 +125,7 @@ __device__ __forceinline__ void load_records(const ExpertsWork& work, const Expe
     if (turn == warp) {
       wait_barrier(barriers.empty(ring), ring.parity ^ 1);
       fill(records[ring.index]);
-      __syncwarp();
-      if (lane == 0) arrive_in_block(barriers.full(ring));
+      arrive_in_block(barriers.full(ring));
     }
     turn = turn + 1 == kRecordWarps ? 0 : turn + 1;
     ring.advance(kRecords);

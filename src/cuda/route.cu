@@ -14,7 +14,7 @@ constexpr int64_t kMostListed = 48;  // k for which the kernels that list surviv
 constexpr int64_t kMostInLanes = 256;
 constexpr int64_t kMostInRegisters = 1024;
 // With a bias, up to so many tokens have a warp each: that takes fewer instructions one after the
-// other.
+// other. And replicas are assigned by the kernel that routes.
 constexpr int64_t kFewTokens = 256;
 
 }  // namespace
@@ -36,12 +36,36 @@ DeviceLimits device_limits() {
   return limits_of(device);
 }
 
+namespace {
+
+// Routing and replicas by a kernel each. For many tokens that is faster: a block that adds up what
+// it has counted takes fewer turns at the load than its slots one by one.
+cudaError_t launch_one_after_the_other(const RouteForward& call, const RouteOptions& options,
+                                       cudaStream_t stream) {
+  RouteForward route = call;
+  route.replicas = {};
+  const cudaError_t status = launch_route(route, options, stream);
+  if (status != cudaSuccess) return status;
+  ReplicasCall replicas;
+  static_cast<Replicas&>(replicas) = call.replicas;
+  replicas.experts = static_cast<const int32_t*>(call.indices);
+  replicas.where = call.where;
+  replicas.tokens = call.tokens_per_batch;
+  replicas.slots = options.k;
+  return launch_replicas(replicas, stream);
+}
+
+}  // namespace
+
 // The choice depends on nothing but sizes and options that are static in JAX, and every kernel
 // rounds alike, so that a token gets the same bits whatever it is batched with.
 cudaError_t launch_route(const RouteForward& call, const RouteOptions& options,
                          cudaStream_t stream) {
   RouteForward checked = for_registers(call, options);
   if (call.replicas.load != nullptr) {
+    if (call.tokens > kFewTokens && call.index_bytes == sizeof(int32_t)) {
+      return launch_one_after_the_other(call, options, stream);
+    }
     const cudaError_t status = clear_load(call.replicas, stream, &checked.overlaps);
     if (status != cudaSuccess) return status;
   }
