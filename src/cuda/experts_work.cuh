@@ -17,8 +17,7 @@ inline constexpr int kLoadThreads = 128;  // a warp for weights, one for tokens,
 inline constexpr int kRecordWarps = 2;
 inline constexpr int kMostItemTokens = 128;  // that an expert is multiplied by at once
 inline constexpr int kRecords = 4;           // of the ring
-inline constexpr int kMostStages = 12;
-inline constexpr int kEnoughStages = 6;  // of weights on their way, to read them at full speed
+inline constexpr int kMostStages = 8;
 inline constexpr int kExpertsShared = 227 * 1024;
 inline constexpr int kSpareRows = 4;   // of totals, for slots without a token
 inline constexpr int kDealBytes = 48;  // of an ExpertsDeal
@@ -73,6 +72,7 @@ struct ExpertsWork {
   LogitsType result_type;
   int64_t tokens;
   int64_t hidden;
+  int most_stages;
   int experts;
   int tiles;  // of the result
   int tile_tokens;
@@ -179,14 +179,14 @@ __device__ __forceinline__ ExpertsDeal deal_experts(const ExpertsWork& work, int
   const auto stages = [&](int item_tokens) {
     return work.layout.stages_bytes / ((hidden_tile + item_tokens) * 128);
   };
-  deal.item_tokens = stages(32) >= kEnoughStages ? 32 : 16;
+  deal.item_tokens = stages(32) >= work.most_stages ? 32 : 16;
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
     const int all = __reduce_add_sync(kAllLanes, items[i]);
     if (4 * all > 5 * chosen && deal.item_tokens == 16 << i) deal.item_tokens = 32 << i;
   }
   deal.stage_bytes = (hidden_tile + deal.item_tokens) * 128;
-  deal.stages = min(stages(deal.item_tokens), kMostStages);
+  deal.stages = min(stages(deal.item_tokens), work.most_stages);
   return deal;
 }
 
