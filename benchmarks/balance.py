@@ -103,7 +103,7 @@ def replicas(case: Case) -> tuple[tuple[np.ndarray, ...], list[Program]]:
 
 
 def routing(case: Case) -> tuple[tuple[np.ndarray, ...], list[Program]]:
-  """Arguments, routing with replicas in one kernel and in two, and routing alone."""
+  """Arguments, routing with replicas in one call and in two, and routing alone."""
   (_, table, counts), slots = make_replicas(case)
   rng = np.random.default_rng(1)
   logits = rng.normal(size=(case.tokens, case.experts)).astype(np.float32)
@@ -172,7 +172,7 @@ def programs(case: Case, options: dict[str, Any] | None = None):
 
 
 def added(times: Sequence[float]) -> str:
-  """What one kernel and two add to routing alone."""
+  """What one call and two add to routing alone."""
   one, two, alone = times
   return (
     f"{100 * (one / alone - 1):+.1f} % of routing alone, as two {100 * (two / alone - 1):+.1f} %"
@@ -193,7 +193,7 @@ def compare(report: timing.Report, case: Case, times: Sequence[float]) -> None:
 
 
 HEADER = (
-  "\nmedian us; route: with replicas in one kernel, and in two\n"
+  "\nmedian us; route: with replicas in one call, and in two\n"
   f"{'word':16} {'T':>6} {'E':>5} {'k':>3} {'R/B':>5} {'kind':14} {'ours':>10} {'plain JAX':>10}"
 )
 

@@ -31,7 +31,8 @@ struct Prepare {
   int64_t num_tickets;
 };
 
-// The multiplier of a token that has chosen the expert: never 0, whatever its scale.
+// The multiplier of a token that has chosen the expert: not 0, whatever its scale, so that an
+// infinite sum stays one.
 __device__ __forceinline__ float scaled(float alpha, float scale) {
   const float product = alpha * scale;
   return product == 0.0f ? copysignf(1e-45f, product) : product;

@@ -104,7 +104,7 @@ __device__ __forceinline__ void load_tokens(const ExpertsWork& work, const Exper
   }
 }
 
-// A multiplier and a scale of the weights, in float8: 0 where the multiplier is, and only there.
+// A multiplier and a scale of the weights, in float8: not 0, so that an infinite sum stays one.
 __device__ __forceinline__ float product(float multiplier, float scale) {
   const float x = multiplier * scale;
   return x == 0.0f ? copysignf(1e-45f, x) : x;

@@ -27,7 +27,7 @@ struct ExpertsRecord {
   int tokens[kMostItemTokens];  // of the tile
   float multipliers[kMostItemTokens];
   int count;      // 0: the piece is done
-  int unused[3];  // 16 bytes are read at once
+  int unused[3];  // records start at multiples of 16 bytes
 };
 
 // Shared memory of a block: the ring of stages, that of records, the sums of the tile, barriers.
