@@ -270,6 +270,16 @@ def test_many_tokens_take_cublas(cuda_kernel, monkeypatch):
     assert "@jax_router_experts(" in lowered(asked, *operands, platform="cuda")
 
 
+def test_limits_of_the_kernel():
+  """The largest sizes that it takes, and one more of each."""
+  fits = functools.partial(_experts_primitive.fits_cuda, "bfloat16")
+  assert fits((2**20, 2**4), 2**16, 64, 2**31 - 8)
+  assert not fits((2**24 + 1,), 2**16, 64, 2**31 - 8)
+  assert not fits((1,), 2**16 + 1, 64, 8)
+  assert not fits((1,), 2**15, 2**16, 8)
+  assert not fits((1,), 8, 64, 2**31)
+
+
 def test_cuda_lowering_follows_the_devices(monkeypatch):
   """Without GPUs that run the kernel, what is compiled for CUDA is plain JAX."""
   monkeypatch.setattr(_experts_primitive, "why_not_cuda", lambda: "it is not there")
